@@ -1,0 +1,12 @@
+//! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies and certification.
+//!
+//! Plain Rust on slices; the bindings for Python live behind the feature `python`.
+
+// Tests may unwrap: a panic there is a failed test.
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp))]
+
+pub mod accumulate;
+pub mod error;
+
+#[cfg(feature = "python")]
+mod python;

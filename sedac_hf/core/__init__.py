@@ -1,0 +1,1 @@
+"""The parts that decide on and carry out early exits."""

@@ -231,3 +231,6 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {allowed}, found {value!r}.")
+
+
+AutoConfig.register("sedac", SedacConfig, exist_ok=True)  # type: ignore[no-untyped-call]

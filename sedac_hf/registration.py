@@ -21,10 +21,8 @@ _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
 def register_config() -> None:
-    """Register `SedacConfig` with `AutoConfig`; harmless when repeated."""
-    config = import_module("sedac_hf.config")
-    auto: Any = import_module(_AUTO_CONFIG)
-    auto.AutoConfig.register("sedac", config.SedacConfig, exist_ok=True)
+    """Register `SedacConfig` with `AutoConfig`: its module does so when it is imported."""
+    import_module("sedac_hf.config")
 
 
 def register_model() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.core.support import find_decoder
 
 if TYPE_CHECKING:
     import torch
@@ -80,8 +80,8 @@ def fingerprint(base: PreTrainedModel) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: If the model has no list of decoder layers.
     """
-    decoder = base.get_decoder()  # type: ignore[no-untyped-call]
-    layers = _layer_list(decoder, _text_config(base).num_hidden_layers)
+    decoder, layers_name = find_decoder(base)
+    layers = getattr(decoder, layers_name)
     return {
         "version": FINGERPRINT_VERSION,
         "shape": shape_of(_text_config(base)),
@@ -134,18 +134,6 @@ def dtype_label(base: PreTrainedModel) -> str:
 
 def _text_config(base: PreTrainedModel) -> Any:
     return base.config.get_text_config(decoder=True)
-
-
-def _layer_list(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    from torch import nn
-
-    lists = [m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
-    if not lists:
-        raise UnsupportedModelError(
-            f"{type(decoder).__name__} has no list of {num_layers} decoder layers to take a "
-            "fingerprint of; only decoder-only models with such a list can carry exits."
-        )
-    return lists[0]
 
 
 def _hash_norms(decoder: nn.Module, layers: nn.ModuleList) -> str | None:

@@ -233,4 +233,4 @@ def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {allowed}, found {value!r}.")
 
 
-AutoConfig.register("sedac", SedacConfig, exist_ok=True)  # type: ignore[no-untyped-call]
+AutoConfig.register("sedac", SedacConfig, exist_ok=True)

@@ -154,14 +154,16 @@ def write_artefact(
     }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(plain, directory / WEIGHTS_FILE, metadata=metadata)
+    files = {WEIGHTS_FILE: _describe(directory / WEIGHTS_FILE)}
     if certificate is not None:
-        bound = {**certificate, "tensors_sha256": tensors_digest(plain)}
-        _write_json(directory / CERTIFICATE_FILE, bound)
-    written = [name for name in (WEIGHTS_FILE, CERTIFICATE_FILE) if (directory / name).exists()]
-    fields = {key: value for key, value in config.items() if key not in _FORMAT_FIELDS[:2]}
-    fields["sedac_format_version"] = FORMAT_VERSION
-    fields["files"] = {name: _describe(directory / name) for name in written}
-    _write_json(directory / CONFIG_FILE, fields)
+        _write_json(directory / CERTIFICATE_FILE, certificate)
+        # Binds the certificate to the weights and thresholds that it was issued for.
+        digest = {"tensors_sha256": tensors_digest(plain)}
+        files[CERTIFICATE_FILE] = _describe(directory / CERTIFICATE_FILE) | digest
+    _write_json(
+        directory / CONFIG_FILE,
+        {**config, "sedac_format_version": FORMAT_VERSION, "files": files},
+    )
 
 
 def read_artefact(directory: Path, source: str) -> ArtefactFiles:
@@ -193,7 +195,11 @@ def read_artefact(directory: Path, source: str) -> ArtefactFiles:
     certificate = None
     if CERTIFICATE_FILE in described:
         certificate = read_json(directory / CERTIFICATE_FILE)
-        _check_bound(certificate, tensors, directory / CERTIFICATE_FILE)
+        if described[CERTIFICATE_FILE].get("tensors_sha256") != tensors_digest(tensors):
+            raise ArtefactError(
+                f"{directory / CERTIFICATE_FILE} was issued for other weights or thresholds than "
+                f"{WEIGHTS_FILE} beside it holds. Certify again."
+            )
     card = directory / CARD_FILE
     return ArtefactFiles(
         source=source,
@@ -288,11 +294,3 @@ def _read_tensors(path: Path, config: dict[str, Any]) -> dict[str, Tensor]:
                 f"{path}: tensor {name!r} holds NaN or infinity. Fit the artefact again."
             )
     return tensors
-
-
-def _check_bound(certificate: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> None:
-    if certificate.get("tensors_sha256") != tensors_digest(tensors):
-        raise ArtefactError(
-            f"{path} was issued for other weights or thresholds than {WEIGHTS_FILE} beside it "
-            "holds. Certify again."
-        )

@@ -108,8 +108,11 @@ mod tests {
     #[test]
     fn bad_arguments_are_refused() {
         let mut out = [0.0; 2];
-        assert!(batch_confidence_accumulate(&[0.0; 2], &[0.0; 3], 1.0, 1.0, 1.0, &mut out).is_err());
-        for (tau, weight, gamma) in [(f32::NAN, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, f32::INFINITY)]
+        assert!(
+            batch_confidence_accumulate(&[0.0; 2], &[0.0; 3], 1.0, 1.0, 1.0, &mut out).is_err()
+        );
+        for (tau, weight, gamma) in
+            [(f32::NAN, 1.0, 1.0), (1.0, -1.0, 1.0), (1.0, 1.0, f32::INFINITY)]
         {
             let refused =
                 batch_confidence_accumulate(&[0.0; 2], &[0.0; 2], tau, weight, gamma, &mut out);

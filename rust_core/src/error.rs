@@ -47,6 +47,14 @@ pub enum CoreError {
         /// The name given.
         found: String,
     },
+    /// More memory than there is.
+    #[error("{what} needs {elements} elements, more than memory holds; ask for fewer at a time")]
+    Memory {
+        /// What was to be held.
+        what: &'static str,
+        /// How many elements it has.
+        elements: usize,
+    },
     /// An array that is laid out, or typed, in a way that cannot be read in place.
     #[error("{name}: expected {expected}, found {found}")]
     Layout {

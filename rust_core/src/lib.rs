@@ -6,7 +6,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp))]
 
 pub mod accumulate;
+pub mod cascade;
+pub mod certify;
 pub mod error;
+pub mod hidden;
+pub mod probe;
+pub mod project;
+pub mod replay;
 
 #[cfg(feature = "python")]
 mod python;

@@ -2,32 +2,55 @@
 
 mod accumulate;
 mod arrays;
+mod cascade;
+mod certify;
+mod probe;
+mod replay;
 
-use pyo3::exceptions::{PyIndexError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::CoreError;
+use crate::project::Kernel;
 
 impl From<CoreError> for PyErr {
     fn from(error: CoreError) -> Self {
         let message = error.to_string();
         match error {
             CoreError::Checkpoint { .. } => PyIndexError::new_err(message),
-            CoreError::DataType { .. } | CoreError::Layout { .. } => PyTypeError::new_err(message),
-            CoreError::Length { .. } | CoreError::Value { .. } | CoreError::NoProbes => {
-                PyValueError::new_err(message)
-            }
+            CoreError::Layout { .. } => PyTypeError::new_err(message),
+            CoreError::Memory { .. } => PyMemoryError::new_err(message),
+            CoreError::DataType { .. }
+            | CoreError::Length { .. }
+            | CoreError::NoProbes
+            | CoreError::Value { .. } => PyValueError::new_err(message),
         }
     }
+}
+
+/// Name of the instruction set that the probes use on this processor.
+#[pyfunction]
+fn kernel() -> &'static str {
+    Kernel::detect().name()
 }
 
 /// The compiled core of `sedac_hf`.
 #[pymodule(gil_used = false)]
 mod _core {
+    use pyo3::prelude::*;
+
     #[pymodule_export]
     use super::accumulate::batch_confidence_accumulate;
-
-    use pyo3::prelude::*;
+    #[pymodule_export]
+    use super::cascade::Cascade;
+    #[pymodule_export]
+    use super::certify::{betting_p_value, fixed_sequence, hoeffding_bentkus_p_value};
+    #[pymodule_export]
+    use super::kernel;
+    #[pymodule_export]
+    use super::probe::Probe;
+    #[pymodule_export]
+    use super::replay::replay;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

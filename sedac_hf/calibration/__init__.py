@@ -1,0 +1,1 @@
+"""Fit exits to a base model, choose thresholds and certify them."""

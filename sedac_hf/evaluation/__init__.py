@@ -1,0 +1,1 @@
+"""Perplexity, speed and reports of wrapped models."""

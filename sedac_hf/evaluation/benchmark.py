@@ -1,0 +1,194 @@
+"""Speed of real `generate()` calls: base, plain loop and exits, interleaved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_hf.errors import CalibrationError
+from sedac_hf.evaluation.intervals import bootstrap_median
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sedac_hf.modeling import SedacForCausalLM
+
+__all__ = ["Ratio", "SpeedResult", "benchmark"]
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster the measured mode is than something else.
+
+    Attributes:
+        median: Median of the ratios of paired times.
+        interval: 95 % bootstrap interval of the median.
+    """
+
+    median: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SpeedResult:
+    """Times of one benchmark.
+
+    Attributes:
+        mode: Mode that was compared, `"certified"` or `"exact"`.
+        tokens_per_second: Median over prompts and rounds, by arm: `"generate"` (the base's own
+            call), `"plain"` (our loop without exits) and the mode. The prompt's pass is included.
+        ratios: Speed of the mode against `"generate"` and against `"plain"`.
+        seconds: Every time measured, by arm, `[rounds][prompts]`.
+        prompt_lengths: Tokens of each prompt.
+        max_new_tokens: Tokens generated for each prompt.
+        rounds: Rounds after the warm-up.
+        seed: Seed of the bootstrap.
+    """
+
+    mode: str
+    tokens_per_second: dict[str, float]
+    ratios: dict[str, Ratio]
+    seconds: dict[str, list[list[float]]]
+    prompt_lengths: list[int]
+    max_new_tokens: int
+    rounds: int
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values."""
+        return asdict(self)
+
+
+def benchmark(
+    model: SedacForCausalLM,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    mode: str = "certified",
+    max_new_tokens: int = 64,
+    rounds: int = 5,
+    max_prompts: int = 8,
+    seed: int = 0,
+) -> SpeedResult:
+    """Time greedy generation, one prompt at a time.
+
+    Every arm writes exactly `max_new_tokens` tokens, so that an early end of text cannot look like
+    speed. Within a round the arms take turns on each prompt and the order changes, so that a
+    machine that slows down slows all of them. A ratio is of two times of the same prompt and round.
+
+    Args:
+        model: The wrapped model.
+        prompts: Token ids, or texts together with a tokenizer; evenly spaced ones are used when
+            there are more than `max_prompts`.
+        tokenizer: Turns texts into token ids.
+        mode: Mode to compare with the base and with the plain loop.
+        max_new_tokens: Tokens to generate for each prompt.
+        rounds: Rounds after one warm-up round.
+        max_prompts: Most prompts to use.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        Times and ratios.
+
+    Raises:
+        CalibrationError: If there is no prompt, or texts come without a tokenizer.
+    """
+    if rounds < 1 or max_new_tokens < 1 or max_prompts < 1:
+        raise CalibrationError(
+            "rounds, max_new_tokens and max_prompts must be at least 1, found "
+            f"{rounds}, {max_new_tokens} and {max_prompts}."
+        )
+    inputs = [ids.to(model.device) for ids in _encoded(prompts, tokenizer, max_prompts)]
+    arms = _arms(model, mode, max_new_tokens)
+    names = list(arms)
+    seconds = {name: np.empty((rounds, len(inputs))) for name in names}
+    for turn in range(-1, rounds):  # round -1 warms up and is not kept
+        for at, ids in enumerate(inputs):
+            shift = (turn + at) % len(names)
+            for name in names[shift:] + names[:shift]:
+                spent = _timed(arms[name], ids)
+                if turn >= 0:
+                    seconds[name][turn, at] = spent
+    return SpeedResult(
+        mode=mode,
+        tokens_per_second={
+            name: float(np.median(max_new_tokens / times)) for name, times in seconds.items()
+        },
+        ratios={
+            name: _ratio(seconds[name] / seconds[mode], seed) for name in names if name != mode
+        },
+        seconds={name: times.tolist() for name, times in seconds.items()},
+        prompt_lengths=[int(ids.shape[1]) for ids in inputs],
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        seed=seed,
+    )
+
+
+def _arms(
+    model: SedacForCausalLM, mode: str, max_new_tokens: int
+) -> dict[str, Callable[[Tensor], Any]]:
+    # Forbidding the end of text by length keeps the number of tokens the same in every arm.
+    settings: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": max_new_tokens,
+    }
+    if model.generation_config.pad_token_id is None:
+        settings["pad_token_id"] = 0
+
+    def run(generate: Callable[..., Any], **extra: Any) -> Callable[[Tensor], Any]:
+        return lambda ids: generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **settings, **extra
+        )
+
+    return {
+        "generate": run(model.base.generate),
+        "plain": run(model.generate, sedac_mode="plain"),
+        mode: run(model.generate, sedac_mode=mode),
+    }
+
+
+def _timed(call: Callable[[Tensor], Any], ids: Tensor) -> float:
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    start = time.perf_counter()
+    call(ids)
+    if ids.device.type == "cuda":
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter() - start
+
+
+def _ratio(values: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> Ratio:
+    flat = values.ravel()
+    return Ratio(float(np.median(flat)), bootstrap_median(flat, seed=seed))
+
+
+def _encoded(
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer: PreTrainedTokenizerBase | None,
+    most: int,
+) -> list[Tensor]:
+    if not prompts:
+        raise CalibrationError("there are no prompts to time; pass at least one.")
+    picks = np.unique(np.linspace(0, len(prompts) - 1, min(most, len(prompts))).astype(int))
+    rows: list[Tensor] = []
+    for prompt in (prompts[i] for i in picks):
+        if isinstance(prompt, str):
+            if tokenizer is None:
+                raise CalibrationError(
+                    "prompts are plain texts and there is no tokenizer; pass tokenizer=..., or "
+                    "token ids."
+                )
+            prompt = list(tokenizer(prompt)["input_ids"])
+        if not len(prompt):
+            raise CalibrationError("a prompt has no tokens; every prompt needs at least one.")
+        rows.append(torch.tensor([list(prompt)], dtype=torch.long))
+    return rows

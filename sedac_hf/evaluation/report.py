@@ -1,0 +1,128 @@
+"""The result of an evaluation as one JSON object, and on disk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sedac_hf.calibration.costs import CostModel
+from sedac_hf.errors import SedacError
+from sedac_hf.evaluation.environment import machine, software_versions
+from sedac_hf.files import write_atomically
+
+if TYPE_CHECKING:
+    from sedac_hf.evaluation.benchmark import SpeedResult
+    from sedac_hf.evaluation.perplexity import PerplexityResult
+    from sedac_hf.modeling import SedacForCausalLM
+
+__all__ = ["REPORT_VERSION", "build_report", "load_report", "save_report"]
+
+REPORT_VERSION = 1
+
+
+def build_report(
+    model: SedacForCausalLM, quality: PerplexityResult, speed: SpeedResult | None
+) -> dict[str, Any]:
+    """Put quality, speed, certificate and conditions together.
+
+    Args:
+        model: The model that was measured.
+        quality: Perplexities and exits.
+        speed: Speed ratios; None when speed was not measured.
+
+    Returns:
+        Plain JSON values. Numbers that are not finite are None; without a speed measurement
+        `speed_vs_generate`, `speed_vs_plain` and `speed` are None.
+    """
+    report = asdict(quality)
+    certificate = model.certificate
+    costs = CostModel.from_base(
+        model.base, model.config.checkpoint_specs(), probe_rank=model.config.probe_rank
+    )
+    report |= {
+        "report_version": REPORT_VERSION,
+        "speed_vs_generate": speed.ratios["generate"].median if speed else None,
+        "speed_vs_plain": speed.ratios["plain"].median if speed else None,
+        "head_share": costs.head,
+        "speed": speed.to_dict() if speed else None,
+        "certificate": certificate.to_dict() if certificate else None,
+        "config": _settings(model),
+        "versions": software_versions(),
+        "machine": machine(),
+        "seeds": {"bootstrap": quality.seed} | ({"speed": speed.seed} if speed else {}),
+    }
+    plain: dict[str, Any] = _plain(report)
+    return plain
+
+
+def save_report(report: Mapping[str, Any], path: str | Path) -> None:
+    """Write a report to a file, whole or not at all.
+
+    Args:
+        report: What `build_report` gave.
+        path: The file; a folder gets `results.json` in it.
+    """
+    where = Path(path)
+    if where.is_dir():
+        where = where / "results.json"
+    text = json.dumps(_plain(report), indent=2, allow_nan=False)
+    write_atomically(where, text + "\n")
+
+
+def load_report(path: str | Path) -> dict[str, Any]:
+    """Read a report.
+
+    Args:
+        path: The file, or the folder that holds `results.json`.
+
+    Returns:
+        The report.
+
+    Raises:
+        SedacError: If it is not a report of this format.
+    """
+    where = Path(path)
+    if where.is_dir():
+        where = where / "results.json"
+    try:
+        report = json.loads(where.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SedacError(f"{where} cannot be read as a report: {error}") from error
+    found = report.get("report_version") if isinstance(report, dict) else None
+    if found != REPORT_VERSION:
+        raise SedacError(
+            f"{where} has report version {found!r}, this sedac_hf reads {REPORT_VERSION}; "
+            "evaluate again, or upgrade sedac_hf."
+        )
+    return dict(report)
+
+
+def _settings(model: SedacForCausalLM) -> dict[str, Any]:
+    """What of the configuration a reader needs to repeat the result."""
+    config = model.config
+    return {
+        "base": config.base_model_name_or_path,
+        "base_revision": config.base_model_revision,
+        "fingerprint": config.fingerprint,
+        "checkpoints": [spec.to_dict() for spec in config.checkpoint_specs()],
+        "mode": config.mode,
+        "strategy": config.strategy,
+        "kv_mode": config.kv_mode,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Plain JSON values: tuples become lists, numbers that are not finite None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

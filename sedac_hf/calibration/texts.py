@@ -1,0 +1,241 @@
+"""Texts that the base writes itself, so that `fit` needs no data set."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sedac_hf.calibration.documents import Document, append_documents, read_documents
+from sedac_hf.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Half of the user's turns start from nothing; the others are nudged so that code, extraction and
+# plain explanation are all present even in a short draw.
+USER_OPENINGS = (
+    "", "", "", "", "", "", "", "",
+    "Write a Python function that", "Write a Python program to", "Explain how", "What is",
+    "Summarize the following text:", "Write a short story about", "How do I", "Rewrite",
+)  # fmt: skip
+TEXT_OPENINGS = (
+    "", "", "", "", "The", "In", "A", "How to", "def ", "import ", "When", "#", "It is",
+    "Question:", "For example,", "Chapter 1",
+)  # fmt: skip
+ANSWER_TEMPERATURES = (0.3, 0.7, 1.0)
+_MARK = "\u2063user-turn\u2063"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The fixed parts of a chat around the user's turn, as token ids."""
+
+    opening: list[int]
+    middle: list[int]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
+        """Cut the tokenizer's template around the user's turn; None when it has no template."""
+        if not getattr(tokenizer, "chat_template", None):
+            return None
+        text = cast(
+            "str",
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": _MARK}], tokenize=False, add_generation_prompt=True
+            ),
+        )
+        opening, found, middle = text.partition(_MARK)
+        if not found or not middle:
+            raise CalibrationError(
+                "the chat template does not repeat the user's words, so the base cannot write "
+                "its own texts; pass texts=... (`sedac fit --data`)"
+            )
+
+        def encode(part: str) -> list[int]:
+            return list(tokenizer(part, add_special_tokens=False)["input_ids"])
+
+        return cls(encode(opening), encode(middle))
+
+
+def write_texts(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    tokens: int,
+    seed: int = 0,
+    rows: int = 64,
+    max_turn: int = 48,
+    max_answer: int = 160,
+    deadline: float | None = None,
+    progress: bool = True,
+) -> list[Document]:
+    """Let the base write documents until there are `tokens` of them or time is up.
+
+    A chat model is given its template's opening and writes the user's turn as well as the answer.
+    A base model starts from its first token and from short prefixes. Each batch has its own seed,
+    so a resumed call writes what an uninterrupted one would have written.
+
+    Args:
+        base: The frozen base model.
+        tokenizer: Its tokenizer.
+        path: JSON-lines file to append to; what is there already counts.
+        tokens: How many tokens to write in all.
+        seed: Seed of the draw.
+        rows: Sequences written together.
+        max_turn: Most tokens of a user's turn.
+        max_answer: Most tokens of an answer or of a plain text.
+        deadline: `time.monotonic()` value after which no further batch is begun.
+        progress: Show a progress bar.
+
+    Returns:
+        All documents of the file, duplicates and looping texts left out.
+
+    Raises:
+        CalibrationError: If most of what the base writes is empty, repeated or looping.
+    """
+    documents = read_documents(path)
+    marker = path.with_suffix(".batches")
+    batch = int(marker.read_text()) if marker.exists() else 0
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    known = {document.hash for document in documents}
+    written = kept = 0
+    have = sum(map(len, documents))
+    bar = tqdm(total=tokens, initial=have, unit="tok", desc="texts", disable=not progress)
+    while have < tokens and (deadline is None or time.monotonic() < deadline):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(seed * 1_000_003 + batch)
+            if template is None:
+                fresh = _plain_batch(base, tokenizer, rows, max_answer, batch)
+            else:
+                fresh = _chat_batch(base, tokenizer, template, rows, max_turn, max_answer, batch)
+        good = [d for d in fresh if d.hash not in known and not is_looping(d)]
+        good = list({d.hash: d for d in good}.values())
+        append_documents(path, good)
+        batch += 1
+        marker.write_text(str(batch))
+        known.update(d.hash for d in good)
+        documents.extend(good)
+        written, kept = written + rows, kept + len(good)
+        fresh_tokens = sum(map(len, good))
+        have += fresh_tokens
+        bar.update(fresh_tokens)
+        if written >= 2 * rows and kept < written / 3:
+            raise CalibrationError(
+                f"only {kept} of {written} texts that the base wrote were usable (the others were "
+                "empty, repeated or looping); pass texts=... (`sedac fit --data`)"
+            )
+    bar.close()
+    return documents
+
+
+def is_looping(document: Document, *, order: int = 4, least_distinct: float = 0.4) -> bool:
+    """Whether a text has collapsed: too few of its n-grams are distinct."""
+    ids = document.ids[document.prompt_length :]
+    if ids.size < 4 * order:
+        return False
+    grams = np.lib.stride_tricks.sliding_window_view(ids, order)
+    return len(np.unique(grams, axis=0)) < least_distinct * len(grams)
+
+
+def _chat_batch(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
+    rows: int,
+    max_turn: int,
+    max_answer: int,
+    batch: int,
+) -> list[Document]:
+    openings = [USER_OPENINGS[(batch * rows + i) % len(USER_OPENINGS)] for i in range(rows)]
+    starts = [list(tokenizer(o, add_special_tokens=False)["input_ids"]) for o in openings]
+    prompts = [template.opening + start for start in starts]
+    stop = _stop_ids(base, template.middle[0])
+    turns = _continue(base, prompts, max_turn, stop, temperature=1.0)
+    users = [start + turn for start, turn in zip(starts, turns, strict=True)]
+    prompts = [template.opening + user + template.middle for user in users if len(user) >= 3]
+    temperature = ANSWER_TEMPERATURES[batch % len(ANSWER_TEMPERATURES)]
+    answers = _continue(base, prompts, max_answer, stop, temperature=temperature)
+    pairs = zip(prompts, answers, strict=True)
+    return [Document(np.asarray(p + a), len(p)) for p, a in pairs if len(a) >= 8]
+
+
+def _plain_batch(
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int,
+    max_answer: int,
+    batch: int,
+) -> list[Document]:
+    first = tokenizer.bos_token_id
+    if first is None:
+        first = tokenizer.eos_token_id
+    head = [] if first is None else [int(first)]
+    prompts = []
+    for i in range(rows):
+        opening = TEXT_OPENINGS[(batch * rows + i) % len(TEXT_OPENINGS)]
+        prompt = head + list(tokenizer(opening, add_special_tokens=False)["input_ids"])
+        if not prompt:  # no first token is known: begin from a random word of the vocabulary
+            prompt = [int(torch.randint(base.config.get_text_config().vocab_size, ()))]
+        prompts.append(prompt)
+    stop = _stop_ids(base, None)
+    texts = _continue(base, prompts, max_answer, stop, temperature=1.0)
+    pairs = zip(prompts, texts, strict=True)
+    return [Document(np.asarray(p + t), len(p)) for p, t in pairs if len(t) >= 8]
+
+
+def _stop_ids(base: PreTrainedModel, extra: int | None) -> list[int]:
+    known: Any = base.generation_config.eos_token_id if base.generation_config else None
+    ids = {int(i) for i in (known if isinstance(known, list) else [known]) if i is not None}
+    return sorted(ids | ({extra} if extra is not None else set()))
+
+
+def _continue(
+    base: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    stop: list[int],
+    *,
+    temperature: float,
+) -> list[list[int]]:
+    """Sample one continuation of each prompt, cut before the first stop token.
+
+    Nucleus sampling sorts the whole vocabulary for every row, which costs as much as the model
+    on a CPU; the 64 most probable words keep the text as sensible for a fraction of it.
+    """
+    width = max(map(len, prompts))
+    pad = stop[0] if stop else 0
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    generate: Any = base.generate
+    out: Tensor = generate(
+        ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=True,
+        temperature=temperature,
+        top_k=64,
+        top_p=1.0,
+        eos_token_id=stop or None,
+        pad_token_id=pad,
+    )
+    ends = set(stop)
+    texts = []
+    for row in out[:, width:].tolist():
+        end = next((i for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(row[:end])
+    return texts

@@ -1,0 +1,131 @@
+"""Probes: the risk of letting a token leave, read from its hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.errors import ConfigError
+
+__all__ = ["LREProbe", "PackedProbe", "ProbeManager"]
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class PackedProbe:
+    """A probe's weights as float32 arrays, the form that the Rust core takes.
+
+    Attributes:
+        project: ``[rank, width]``.
+        norm_weight: ``[rank]``.
+        norm_bias: ``[rank]``.
+        epsilon: Added to the variance by the layer norm.
+        out_weight: ``[rank]``.
+        out_bias: A scalar.
+    """
+
+    project: FloatArray
+    norm_weight: FloatArray
+    norm_bias: FloatArray
+    epsilon: float
+    out_weight: FloatArray
+    out_bias: float
+
+
+class LREProbe(nn.Module):
+    """Low-rank entropy probe: ``softplus(out(LayerNorm(project(h))))``, float32 throughout.
+
+    The layer norm stands behind the projection, so the risk does not depend on the size of the
+    state, which grows with depth.
+    """
+
+    def __init__(self, hidden_size: int, rank: int = 64) -> None:
+        """Build a probe.
+
+        Args:
+            hidden_size: Width of the base's hidden states.
+            rank: Rank of the projection.
+
+        Raises:
+            ConfigError: If a size is not positive.
+        """
+        super().__init__()
+        if hidden_size < 1 or rank < 1:
+            raise ConfigError(
+                f"a probe needs a positive width and rank, found {hidden_size} and {rank}"
+            )
+        self.project = nn.Linear(hidden_size, rank, bias=False, dtype=torch.float32)
+        self.norm = nn.LayerNorm(rank, dtype=torch.float32)
+        self.out = nn.Linear(rank, 1, dtype=torch.float32)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Risk of each state.
+
+        Args:
+            hidden: States, ``[..., width]``, any floating dtype.
+
+        Returns:
+            Risks >= 0, ``[...]``, float32; lower is safer.
+        """
+        score = self.out(self.norm(self.project(hidden.float()))).squeeze(-1)
+        return nn.functional.softplus(score)
+
+    def packed(self) -> PackedProbe:
+        """The weights as float32 arrays that share no memory with the probe."""
+
+        def array(value: Tensor) -> FloatArray:
+            return np.array(value.detach().float().cpu().numpy(), dtype=np.float32)
+
+        return PackedProbe(
+            project=array(self.project.weight),
+            norm_weight=array(self.norm.weight),
+            norm_bias=array(self.norm.bias),
+            epsilon=self.norm.eps,
+            out_weight=array(self.out.weight[0]),
+            out_bias=float(self.out.bias),
+        )
+
+
+class ProbeManager(nn.Module):
+    """The probes of all checkpoints, in the order of their layers."""
+
+    def __init__(self, probes: Iterable[LREProbe]) -> None:
+        """Hold the probes.
+
+        Args:
+            probes: One probe a checkpoint.
+        """
+        super().__init__()
+        self.probes = nn.ModuleList(probes)
+
+    @classmethod
+    def build(cls, checkpoints: int, hidden_size: int, rank: int = 64) -> ProbeManager:
+        """Untrained probes for `checkpoints` checkpoints."""
+        return cls(LREProbe(hidden_size, rank) for _ in range(checkpoints))
+
+    def __len__(self) -> int:
+        """Number of checkpoints."""
+        return len(self.probes)
+
+    def risk(self, checkpoint: int, hidden: Tensor) -> Tensor:
+        """Risk of states at a checkpoint.
+
+        Args:
+            checkpoint: Which checkpoint, counted from 0.
+            hidden: States, ``[..., width]``.
+
+        Returns:
+            Risks, ``[...]``, float32.
+        """
+        return cast(Tensor, self.probes[checkpoint](hidden))
+
+    def native(self, checkpoint: int) -> PackedProbe:
+        """The weights of one probe for the Rust core."""
+        return cast(LREProbe, self.probes[checkpoint]).packed()

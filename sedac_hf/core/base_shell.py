@@ -126,6 +126,9 @@ class BaseShell:
         decoder: The module that owns the layers.
         num_layers: Number of decoder layers.
         cache_kwarg: Name of a layer's cache argument.
+        cache_place: Its place among positional arguments after the hidden state.
+        cache_place: Its place among positional arguments behind the hidden state.
+        layer_list: The layers as a plain list, as of the last run.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -141,9 +144,9 @@ class BaseShell:
         self.base: Any = base
         self.decoder, self._layers_name = find_decoder(base)
         self._path = module_path(base, self.decoder)
-        self.cache_kwarg, self._cache_place = find_cache_argument(self.layers[0])
+        self.cache_kwarg, self.cache_place = find_cache_argument(self.layers[0])
         self.num_layers = len(self.layers)
-        self._layer_list: list[nn.Module] = []
+        self.layer_list: list[nn.Module] = []
         self._stubs: list[_Stub] = []
         self._returns_tuple: bool | None = None
         self._epilogue: _Epilogue | None = None
@@ -152,6 +155,11 @@ class BaseShell:
     def layers(self) -> nn.ModuleList:
         """The base's decoder layers."""
         return cast(nn.ModuleList, getattr(self.decoder, self._layers_name))
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Words that the base's head scores."""
+        return int(self.base.config.vocab_size)
 
     @property
     def returns_tuple(self) -> bool:
@@ -216,18 +224,18 @@ class BaseShell:
         """
         if cache is not KEEP:
             call = self.with_cache(call, cache)
-        output = self._layer_list[i](hidden, *call.args, **call.kwargs)
+        output = self.layer_list[i](hidden, *call.args, **call.kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def cache_of(self, call: LayerCall) -> Any:
         """The cache that a recorded call carries, or None."""
-        if len(call.args) > self._cache_place:
-            return call.args[self._cache_place]
+        if len(call.args) > self.cache_place:
+            return call.args[self.cache_place]
         return call.kwargs.get(self.cache_kwarg)
 
     def with_cache(self, call: LayerCall, cache: Any) -> LayerCall:
         """The same call with another cache."""
-        place = self._cache_place
+        place = self.cache_place
         if len(call.args) > place:
             return LayerCall((*call.args[:place], cache, *call.args[place + 1 :]), call.kwargs)
         return LayerCall(call.args, {**call.kwargs, self.cache_kwarg: cache})
@@ -266,10 +274,10 @@ class BaseShell:
     def refresh(self) -> None:
         """Take note of layers that were replaced since the last call."""
         layers = list(self.layers)
-        if layers != self._layer_list:
+        if layers != self.layer_list:
             last = len(layers) - 1
             self._stubs = [_Stub(self, layer, i == last) for i, layer in enumerate(layers)]
-            self._layer_list = layers
+            self.layer_list = layers
 
     def run_decoder(self, loop: Loop, overrides: dict[str, Any], **forward_kwargs: Any) -> Any:
         """Run the decoder alone, with some of its children replaced.
@@ -359,7 +367,7 @@ class BaseShell:
             self._call(record, {}, {}, {"input_ids": ids, "use_cache": False})
         except _PrologueDone as done:
             call = self.with_cache(done.calls[0], None)
-            output = self._layer_list[0](done.hidden, *call.args, **call.kwargs)
+            output = self.layer_list[0](done.hidden, *call.args, **call.kwargs)
             return isinstance(output, tuple)
         raise SedacError(f"{type(self.base).__name__} never called its first decoder layer.")
 

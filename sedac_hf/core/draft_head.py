@@ -1,0 +1,87 @@
+"""The output layer restricted to the draft vocabulary."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.core.weights import WeightWatch, is_plain_linear
+from sedac_hf.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sedac_hf.core.base_shell import BaseShell
+
+__all__ = ["DraftHead"]
+
+
+class DraftHead:
+    """Rows of the base's output layer for the tokens of the draft vocabulary."""
+
+    def __init__(self, shell: BaseShell, tokens: Tensor | None) -> None:
+        """Check the vocabulary against the base.
+
+        Args:
+            shell: Shell of the base.
+            tokens: Token ids `[draft vocabulary]`, int64, or None for the whole vocabulary.
+
+        Raises:
+            ConfigError: If ids are of another type, repeated or outside the base's vocabulary.
+        """
+        self._shell = shell
+        self._tokens = tokens
+        self._linear: nn.Linear | None = None
+        self._watch: WeightWatch | None = None
+        if tokens is not None:
+            _check_tokens(tokens, int(shell.base.config.vocab_size))
+        self.prepare()
+
+    @property
+    def linear(self) -> nn.Linear | None:
+        """The smaller output layer; None when the base's whole head is to be used."""
+        return self._linear
+
+    def prepare(self) -> None:
+        """Take the rows anew if the base's head has changed.
+
+        A head that is no plain `nn.Linear` (adapted, quantised, offloaded) is used whole.
+        """
+        if self._tokens is None:
+            return
+        head: nn.Module | None = self._shell.base.get_output_embeddings()
+        if not is_plain_linear(head):
+            self._linear, self._watch = None, None
+            return
+        plain = cast(nn.Linear, head)
+        tensors: list[Tensor] = [plain.weight, *([] if plain.bias is None else [plain.bias])]
+        if self._watch is not None and self._watch.unchanged(tensors):
+            return
+        self._linear = _rows_of(plain, self._tokens)
+        self._watch = WeightWatch(tensors)
+
+
+@torch.no_grad()
+def _rows_of(head: nn.Linear, tokens: Tensor) -> nn.Linear:
+    tokens = tokens.to(head.weight.device)
+    rows: dict[str, Any] = {"device": "meta", "dtype": head.weight.dtype}
+    small = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, **rows)
+    small.weight = nn.Parameter(head.weight.detach()[tokens], requires_grad=False)
+    if head.bias is not None:
+        small.bias = nn.Parameter(head.bias.detach()[tokens], requires_grad=False)
+    return small
+
+
+def _check_tokens(tokens: Tensor, vocab_size: int) -> None:
+    if tokens.dtype != torch.int64 or tokens.dim() != 1 or tokens.numel() == 0:
+        raise ConfigError(
+            "The draft vocabulary must be a non-empty int64 tensor of one dimension, found "
+            f"{tokens.dtype} of shape {tuple(tokens.shape)}."
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size:
+        raise ConfigError(
+            f"The draft vocabulary has ids from {int(tokens.min())} to {int(tokens.max())}, but "
+            f"the base knows 0 to {vocab_size - 1}. Was it made for another tokenizer?"
+        )
+    if len(torch.unique(tokens)) != len(tokens):
+        raise ConfigError("The draft vocabulary names a token more than once.")

@@ -1,0 +1,217 @@
+"""State of one call of `generate` or `forward`, kept out of the model, and the running totals."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from sedac_hf.core.cascade_controller import CascadeController
+
+__all__ = ["ExitSession", "ExitStats", "StepRecord", "active_session", "session_scope"]
+
+
+@dataclass
+class StepRecord:
+    """What one forward decided for each row.
+
+    Attributes:
+        layers: Layer each row left after, `[rows]`; the number of layers where it did not leave.
+        checkpoints: Index of the checkpoint each row left at, `[rows]`; -1 where it did not.
+        risk: Risk at the last checkpoint a row came to, `[rows]`; NaN if it came to none.
+        confidence: Normalised confidence there, `[rows]`; NaN if it came to none.
+        tries: Whether the exit head was tried at each checkpoint, `[rows, checkpoints]`.
+    """
+
+    layers: npt.NDArray[np.int64]
+    checkpoints: npt.NDArray[np.int64]
+    risk: npt.NDArray[np.float32]
+    confidence: npt.NDArray[np.float32]
+    tries: npt.NDArray[np.bool_]
+
+    @classmethod
+    def full_depth(cls, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
+        """The record of a forward in which no row could leave."""
+        return cls(
+            layers=np.full(rows, num_layers, np.int64),
+            checkpoints=np.full(rows, -1, np.int64),
+            risk=np.full(rows, np.nan, np.float32),
+            confidence=np.full(rows, np.nan, np.float32),
+            tries=np.zeros((rows, num_checkpoints), np.bool_),
+        )
+
+
+class ExitStats:
+    """Totals over all calls of a model, safe to read and write from several threads."""
+
+    def __init__(self, num_layers: int, checkpoints: list[int]) -> None:
+        """Start from nothing.
+
+        Args:
+            num_layers: Decoder layers of the base.
+            checkpoints: Layer index of each checkpoint.
+        """
+        self.depth = num_layers
+        self._checkpoints = list(checkpoints)
+        self._lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._tokens = 0
+            self._layers_run = 0
+            self._exits = dict.fromkeys(self._checkpoints, 0)
+            self._tries = dict.fromkeys(self._checkpoints, 0)
+
+    def add(self, layers: npt.NDArray[np.int64], tries: npt.NDArray[np.bool_]) -> None:
+        """Count tokens.
+
+        Args:
+            layers: Layer each token left after, `[tokens]`; `depth` where it went through.
+            tries: Whether each checkpoint's head was tried, `[tokens, checkpoints]`.
+        """
+        left = layers.tolist()
+        tried = tries.sum(axis=0).tolist()
+        with self._lock:
+            self._tokens += len(left)
+            for layer in left:
+                if layer < self.depth:
+                    self._exits[layer] += 1
+                self._layers_run += min(layer + 1, self.depth)
+            for layer, count in zip(self._checkpoints, tried, strict=True):
+                self._tries[layer] += count
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated."""
+        return self._tokens
+
+    @property
+    def exits_by_layer(self) -> dict[int, int]:
+        """Tokens that left after each checkpoint."""
+        with self._lock:
+            return dict(self._exits)
+
+    @property
+    def tries_by_layer(self) -> dict[int, int]:
+        """Tokens for which the exit head was tried at each checkpoint."""
+        with self._lock:
+            return dict(self._tries)
+
+    @property
+    def exit_share(self) -> float:
+        """Share of tokens that left early, 0 when there are none."""
+        with self._lock:
+            return sum(self._exits.values()) / self._tokens if self._tokens else 0.0
+
+    @property
+    def mean_depth(self) -> float:
+        """Layers run per token on average; the full depth when there are no tokens."""
+        with self._lock:
+            return self._layers_run / self._tokens if self._tokens else float(self.depth)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return {
+            "tokens": self.tokens,
+            "depth": self.depth,
+            "mean_depth": self.mean_depth,
+            "exit_share": self.exit_share,
+            "exits_by_layer": self.exits_by_layer,
+            "tries_by_layer": self.tries_by_layer,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the lock out: it cannot be copied."""
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take a lock of its own."""
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def __str__(self) -> str:
+        """One line for people."""
+        exits = ", ".join(f"{layer}: {count}" for layer, count in self.exits_by_layer.items())
+        return (
+            f"{self.tokens} tokens, {self.exit_share:.1%} left early, mean depth "
+            f"{self.mean_depth:.1f} of {self.depth} layers, exits by layer {{{exits}}}"
+        )
+
+    __repr__ = __str__
+
+
+@dataclass
+class ExitSession:
+    """One call of `generate` (or a single forward outside of it).
+
+    Attributes:
+        owner: The model whose call this is; a call of another model inside it has its own.
+        mode: The mode of the call.
+        cascade: Decides who leaves; None when nobody may.
+        temperatures: Softmax temperature of each checkpoint's exits.
+        records: One record per generated token, in order.
+        pending: Record of the last forward, until the logits processor commits it.
+        cache: The cache last found to be in step with the exit heads.
+    """
+
+    owner: object
+    mode: str
+    cascade: CascadeController | None = None
+    temperatures: tuple[float, ...] = ()
+    records: list[StepRecord] = field(default_factory=list)
+    pending: StepRecord | None = None
+    cache: object = None
+
+    @property
+    def exits_act(self) -> bool:
+        """Whether exits may act in decode steps."""
+        return self.cascade is not None
+
+    def commit(self, rows: int, num_layers: int) -> StepRecord:
+        """Take the pending record into the list.
+
+        Args:
+            rows: Rows whose next token is being chosen.
+            num_layers: Decoder layers of the base.
+
+        Returns:
+            The record; a full-depth one if the forward left none.
+        """
+        record = self.pending
+        self.pending = None
+        if record is None or len(record.layers) != rows:
+            record = StepRecord.full_depth(rows, num_layers, len(self.temperatures))
+        self.records.append(record)
+        return record
+
+
+_ACTIVE: ContextVar[ExitSession | None] = ContextVar("sedac_session", default=None)
+
+
+def active_session(owner: object) -> ExitSession | None:
+    """The session of the running call of `owner`, or None outside of one.
+
+    Args:
+        owner: The model that asks.
+    """
+    session = _ACTIVE.get()
+    return session if session is not None and session.owner is owner else None
+
+
+@contextmanager
+def session_scope(session: ExitSession | None) -> Iterator[None]:
+    """Make `session` the active one in this thread of control."""
+    token = _ACTIVE.set(session)
+    try:
+        yield
+    finally:
+        _ACTIVE.reset(token)

@@ -64,8 +64,30 @@ pub struct Replay {
     pub tries: Vec<i64>,
 }
 
-/// The rules of one policy: cascade, and least probability, per checkpoint.
-type Policy = Vec<(Rule, f32)>;
+/// The rules of one policy, per checkpoint.
+type Policy = Vec<LaneRule>;
+
+/// A [`Rule`] and its least probability, with the exceptions folded into the numbers, so that the
+/// loop over lanes has no cases. Same bits as the rule itself for traces as [`regroup`] makes them.
+#[derive(Debug, Clone, Copy)]
+struct LaneRule {
+    /// The rule; where its threshold is 0, another threshold at weight 0.
+    rule: Rule,
+    /// Greatest confidence; 1 where it is 0, since then the confidence is 0 too.
+    divisor: f32,
+    /// Least probability; minus infinity where none is asked for.
+    least: f32,
+}
+
+impl LaneRule {
+    fn new(mut rule: Rule, least: f32) -> Self {
+        if rule.tau == 0.0 {
+            (rule.tau, rule.weight) = (1.0, 0.0);
+        }
+        let divisor = if rule.max_confidence > 0.0 { rule.max_confidence } else { 1.0 };
+        Self { rule, divisor, least: if least > 0.0 { least } else { f32::NEG_INFINITY } }
+    }
+}
 
 /// Replays every policy over every document.
 ///
@@ -132,7 +154,11 @@ fn parse(policies: &Policies<'_>) -> Result<Vec<Policy>> {
                 let name = format!("min_probability of policy {policy}");
                 return Err(CoreError::value(name, "finite and at least 0", f64::from(bad)));
             }
-            Ok(rules.into_iter().zip(least.iter().copied()).collect())
+            Ok(rules
+                .into_iter()
+                .zip(least)
+                .map(|(rule, &least)| LaneRule::new(rule, least))
+                .collect())
         })
         .collect()
 }
@@ -285,7 +311,7 @@ fn document_bounds(offsets: &[i64], tokens: usize) -> Result<Vec<(usize, usize)>
 }
 
 /// The records of some tokens, `[checkpoint][group]`. Empty lanes keep a NaN risk, which never
-/// tries to exit.
+/// tries to exit; a probability that is NaN becomes minus infinity, which fails every real bar.
 fn regroup(traces: &Traces<'_>, checkpoints: usize, members: &[usize]) -> Vec<Record> {
     let groups = members.len().div_ceil(LANES);
     let empty =
@@ -296,7 +322,9 @@ fn regroup(traces: &Traces<'_>, checkpoints: usize, members: &[usize]) -> Vec<Re
             let record = &mut records[k * groups + i / LANES];
             let from = token * checkpoints + k;
             record.risk[i % LANES] = traces.risk[from];
-            record.probability[i % LANES] = traces.probability[from];
+            let probability = traces.probability[from];
+            record.probability[i % LANES] =
+                if probability.is_nan() { f32::NEG_INFINITY } else { probability };
             record.delta_nll[i % LANES] = traces.delta_nll[from];
         }
     }
@@ -312,7 +340,7 @@ struct State {
 
 /// Runs one policy over one block; returns the sum of `delta_nll` of the tokens that left.
 fn run_block(
-    policy: &[(Rule, f32)],
+    policy: &[LaneRule],
     records: &[Record],
     block: &Block,
     exits: &mut [i64],
@@ -321,9 +349,9 @@ fn run_block(
     let mut state = State { confidence: [[0.0; LANES]; BLOCK], stays: [[1; LANES]; BLOCK] };
     let mut sum = 0.0;
     let mut staying = block.tokens as i64;
-    for (k, (rule, least)) in policy.iter().enumerate() {
+    for (k, rule) in policy.iter().enumerate() {
         let records = &records[k * block.groups..][..block.groups];
-        let found = checkpoint(rule, *least, records, &mut state);
+        let found = checkpoint(rule, records, &mut state);
         sum += f64::from(found.delta_nll);
         exits[k] += i64::from(found.exits);
         tries[k] += i64::from(found.tries);
@@ -342,39 +370,40 @@ struct Found {
 }
 
 #[cfg(target_arch = "x86_64")]
-fn checkpoint(rule: &Rule, least: f32, records: &[Record], state: &mut State) -> Found {
+fn checkpoint(rule: &LaneRule, records: &[Record], state: &mut State) -> Found {
     #[target_feature(enable = "avx2")]
-    fn wide(rule: &Rule, least: f32, records: &[Record], state: &mut State) -> Found {
-        checkpoint_lanes(rule, least, records, state)
+    fn wide(rule: &LaneRule, records: &[Record], state: &mut State) -> Found {
+        checkpoint_lanes(rule, records, state)
     }
     if is_x86_feature_detected!("avx2") {
         // SAFETY: the processor has just been asked for AVX2.
-        unsafe { wide(rule, least, records, state) }
+        unsafe { wide(rule, records, state) }
     } else {
-        checkpoint_lanes(rule, least, records, state)
+        checkpoint_lanes(rule, records, state)
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn checkpoint(rule: &Rule, least: f32, records: &[Record], state: &mut State) -> Found {
-    checkpoint_lanes(rule, least, records, state)
+fn checkpoint(rule: &LaneRule, records: &[Record], state: &mut State) -> Found {
+    checkpoint_lanes(rule, records, state)
 }
 
 #[inline(always)]
-fn checkpoint_lanes(rule: &Rule, least: f32, records: &[Record], state: &mut State) -> Found {
+fn checkpoint_lanes(rule: &LaneRule, records: &[Record], state: &mut State) -> Found {
     let mut delta_nll = [0.0_f32; LANES];
     let mut exits = [0_u32; LANES];
     let mut tries = [0_u32; LANES];
-    // A least probability of 0 asks for none: an exit that was not evaluated (NaN) passes.
-    let any_probability = least <= 0.0;
+    let LaneRule { rule, divisor, least } = *rule;
     for (record, (confidence, stays)) in
         records.iter().zip(state.confidence.iter_mut().zip(&mut state.stays))
     {
         for lane in 0..LANES {
             let risk = record.risk[lane];
-            confidence[lane] = rule.accumulate(confidence[lane], risk);
-            let trying = rule.tries(risk, rule.normalised(confidence[lane])) & (stays[lane] == 1);
-            let leaving = trying & (any_probability | (record.probability[lane] >= least));
+            let scaled = ((rule.tau - risk) / rule.tau).clamp(0.0, 1.0);
+            let found = if risk.is_finite() { scaled } else { 0.0 };
+            confidence[lane] = rule.gamma * confidence[lane] + rule.weight * found;
+            let trying = rule.tries(risk, confidence[lane] / divisor) & (stays[lane] != 0);
+            let leaving = trying & (record.probability[lane] >= least);
             delta_nll[lane] += if leaving { record.delta_nll[lane] } else { 0.0 };
             tries[lane] += u32::from(trying);
             exits[lane] += u32::from(leaving);

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
-from sedac_hf.core.base_shell import LayerCall
 from sedac_hf.core.stacked_kv import StackedKV, build_stacked_kv
+from sedac_hf.errors import SedacError
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell, LayerCall
@@ -149,15 +149,3 @@ def _close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
         return False
     scale = float(expected.abs().max().clamp_min(1e-6))
     return float((found - expected).abs().max()) <= tolerance * scale
-
-
-def write_layer_kv(layer: nn.Module, hidden: Tensor, call: LayerCall) -> None:
-    """Run one layer, of the base or of an exit block, up to its cache update.
-
-    Args:
-        layer: The layer.
-        hidden: Its input `[rows, seq, width]`.
-        call: Its arguments, with a `KVOnlyCache` in the place of the cache.
-    """
-    with contextlib.suppress(_Filled):
-        layer(hidden, *call.args, **call.kwargs)

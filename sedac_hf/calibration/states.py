@@ -1,0 +1,270 @@
+"""The frozen base runs once over every text; its states go to disk and heads train from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sedac_hf.calibration.documents import Document
+from sedac_hf.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from sedac_hf.core.base_shell import BaseShell, LayerCall
+
+TOP = 24  # teacher words kept per token
+_LOGIT_FLOATS = 32_000_000  # most logits held at once: 128 MB in float32
+
+
+@dataclass(frozen=True)
+class DocumentBatch:
+    """Some documents, padded on the right, with everything the base said about them.
+
+    Attributes:
+        ids: Token ids, ``[rows, seq]``.
+        mask: 1 where there is a token, ``[rows, seq]``.
+        states: States of one checkpoint, ``[rows, seq, width]``.
+        final: Final-layer states before the norm, ``[rows, seq, width]``.
+        top_ids: Most probable next tokens at full depth, ``[rows, seq, TOP]``.
+        top_probabilities: Their probabilities, ``[rows, seq, TOP]``.
+        entropy: Entropy at full depth, nats, ``[rows, seq]``.
+        prompt_lengths: ``[rows]``.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    states: Tensor
+    final: Tensor
+    top_ids: Tensor
+    top_probabilities: Tensor
+    entropy: Tensor
+    prompt_lengths: Tensor
+
+
+class BaseStates:
+    """Memory-mapped states of the base over a set of documents.
+
+    States are bfloat16 (kept as their bits), so 1,000 tokens of a base of width 576 with three
+    checkpoints take 4.6 MB. Recording goes on where it was interrupted.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        documents: Sequence[Document],
+        checkpoints: Sequence[int],
+        width: int,
+    ) -> None:
+        """Open or create the files.
+
+        Args:
+            directory: Where they live.
+            documents: The documents, in order.
+            checkpoints: Layers whose output is kept; -1 is the embedding.
+            width: Width of the base's hidden states.
+        """
+        self.directory = directory
+        self.documents = list(documents)
+        self.checkpoints = tuple(checkpoints)
+        self.width = width
+        self.offsets = np.concatenate([[0], np.cumsum([len(d) for d in self.documents])])
+        directory.mkdir(parents=True, exist_ok=True)
+        self._done = directory / "done.json"
+        tokens = int(self.offsets[-1])
+        key = {
+            "documents": [d.hash for d in self.documents],
+            "checkpoints": list(self.checkpoints),
+            "width": width,
+        }
+        fresh = self._read_key() != key
+        mode = "w+" if fresh else "r+"
+
+        def array(name: str, dtype: type, *shape: int) -> np.memmap:  # type: ignore[type-arg]
+            return np.memmap(directory / f"{name}.bin", dtype, mode, shape=(tokens, *shape))  # type: ignore[call-overload, no-any-return]
+
+        self._states = {
+            layer: array(f"state_{layer}", np.int16, width) for layer in self.checkpoints
+        }
+        self._final = array("final", np.int16, width)
+        self._top_ids = array("top_ids", np.int32, TOP)
+        self._top_probabilities = array("top_probabilities", np.float16, TOP)
+        self._entropy = array("entropy", np.float32)
+        if fresh:
+            (directory / "key.json").write_text(json.dumps(key))
+            self._done.write_text("0")
+
+    @property
+    def recorded(self) -> int:
+        """Number of documents, in order of length, that are on disk."""
+        return int(self._done.read_text())
+
+    def record(self, shell: BaseShell, *, batch_tokens: int = 4096, progress: bool = True) -> None:
+        """Run the base over every document that is not on disk yet.
+
+        Args:
+            shell: Shell of the base.
+            batch_tokens: Most tokens of one forward, padding included.
+            progress: Show a progress bar.
+        """
+        order = self._order()
+        done = self.recorded
+        bar = tqdm(
+            total=int(self.offsets[-1]),
+            initial=sum(len(self.documents[i]) for i in order[:done]),
+            unit="tok", desc="states", disable=not progress,
+        )  # fmt: skip
+        while done < len(order):
+            longest = len(self.documents[order[done]])
+            rows = order[done : done + max(1, batch_tokens // longest)]
+            with torch.inference_mode():
+                self._record_rows(shell, rows)
+            done += len(rows)
+            self._done.write_text(str(done))
+            bar.update(sum(len(self.documents[i]) for i in rows))
+        bar.close()
+
+    def batch(self, rows: Sequence[int], layer: int) -> DocumentBatch:
+        """Read documents back, padded on the right.
+
+        Args:
+            rows: Indices of documents.
+            layer: Which checkpoint's states to read.
+
+        Returns:
+            The batch, float32.
+        """
+        lengths = [len(self.documents[i]) for i in rows]
+        shape = (len(rows), max(lengths))
+        final = torch.zeros(*shape, self.width)
+        batch = DocumentBatch(
+            ids=torch.zeros(shape, dtype=torch.long),
+            mask=torch.zeros(shape, dtype=torch.long),
+            states=torch.zeros(*shape, self.width),
+            final=final,
+            top_ids=torch.zeros(*shape, TOP, dtype=torch.long),
+            top_probabilities=torch.zeros(*shape, TOP),
+            entropy=torch.zeros(shape),
+            prompt_lengths=torch.tensor([self.documents[i].prompt_length for i in rows]),
+        )
+        for row, i in enumerate(rows):
+            span, n = slice(self.offsets[i], self.offsets[i + 1]), lengths[row]
+            batch.ids[row, :n] = torch.from_numpy(self.documents[i].ids)
+            batch.mask[row, :n] = 1
+            batch.states[row, :n] = _from_bits(self._states[layer][span])
+            batch.final[row, :n] = _from_bits(self._final[span])
+            batch.top_ids[row, :n] = torch.from_numpy(self._top_ids[span].astype(np.int64))
+            probabilities = self._top_probabilities[span].astype(np.float32)
+            batch.top_probabilities[row, :n] = torch.from_numpy(probabilities)
+            batch.entropy[row, :n] = torch.from_numpy(np.array(self._entropy[span]))
+        return batch
+
+    def token_mass(self, rows: Sequence[int], vocabulary: int) -> npt.NDArray[np.float64]:
+        """Probability that the base gave each token, summed over documents; ``[vocabulary]``."""
+        mass = np.zeros(vocabulary)
+        for i in rows:
+            span = slice(self.offsets[i], self.offsets[i + 1])
+            weights = self._top_probabilities[span].astype(np.float64).ravel()
+            mass += np.bincount(self._top_ids[span].ravel(), weights, vocabulary)
+        return mass
+
+    def _record_rows(self, shell: BaseShell, rows: Sequence[int]) -> None:
+        lengths = [len(self.documents[i]) for i in rows]
+        ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(rows):
+            ids[row, : lengths[row]] = torch.from_numpy(self.documents[i].ids)
+            mask[row, : lengths[row]] = 1
+        device = shell.base.device
+        hidden, calls = shell.prologue(
+            input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
+        )
+        kept = {-1: hidden} if -1 in self.checkpoints else {}
+        for layer in range(shell.num_layers):
+            hidden = shell.layer(layer, hidden, calls[layer])
+            if layer in self.checkpoints:
+                kept[layer] = hidden
+        real = mask.bool().to(device)
+        places = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
+        for layer, states in kept.items():
+            self._states[layer][places] = _to_bits(states[real])
+        self._final[places] = _to_bits(hidden[real])
+        self._record_teacher(shell, hidden[real], places)
+
+    def _record_teacher(
+        self, shell: BaseShell, final: Tensor, places: npt.NDArray[np.int64]
+    ) -> None:
+        for part, logits in iter_logits(shell, final):
+            log_p = torch.log_softmax(logits.float(), -1)
+            top = log_p.topk(min(TOP, log_p.shape[-1]), -1)
+            at, count = places[part], top.indices.shape[-1]
+            self._top_ids[at, :count] = top.indices.cpu().numpy().astype(np.int32)
+            self._top_probabilities[at, :count] = top.values.exp().cpu().numpy()
+            entropy = -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
+            if not torch.isfinite(entropy).all():
+                raise CalibrationError(
+                    "the base gives NaN or infinite logits on its texts; check its weights and "
+                    "dtype before fitting exits"
+                )
+            self._entropy[at] = entropy.cpu().numpy()
+
+    def _order(self) -> list[int]:
+        """Longest first: padding is least, and a memory problem shows at once."""
+        return sorted(range(len(self.documents)), key=lambda i: (-len(self.documents[i]), i))
+
+    def _read_key(self) -> object:
+        path = self.directory / "key.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def iter_logits(shell: BaseShell, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Logits of many final-layer states, a bounded number at a time.
+
+    Args:
+        shell: Shell of the base.
+        final: States, ``[tokens, width]``.
+
+    Yields:
+        Which tokens, and their logits ``[some, vocabulary]``.
+    """
+    step = max(1, _LOGIT_FLOATS // int(shell.base.config.get_text_config().vocab_size))
+    for start in range(0, len(final), step):
+        part = slice(start, min(start + step, len(final)))
+        yield part, shell.logits(final[part].unsqueeze(0)).squeeze(0)
+
+
+def template_call(shell: BaseShell, batch: DocumentBatch, layer: int) -> LayerCall:
+    """What the base's decoder would pass to `layer` for these documents.
+
+    Args:
+        shell: Shell of the base.
+        batch: The documents.
+        layer: The template layer of an exit block.
+
+    Returns:
+        The recorded call: masks, positions and rotary tables, no cache.
+    """
+    device = shell.base.device
+    with torch.no_grad():
+        _, calls = shell.prologue(
+            input_ids=batch.ids.to(device),
+            attention_mask=batch.mask.to(device),
+            use_cache=False,
+        )
+    return calls[layer]
+
+
+def _to_bits(states: Tensor) -> npt.NDArray[np.int16]:
+    bits = states.to("cpu", torch.bfloat16).view(torch.int16)
+    return bits.numpy()
+
+
+def _from_bits(bits: npt.NDArray[np.int16]) -> Tensor:
+    return torch.from_numpy(np.array(bits)).view(torch.bfloat16).float()

@@ -1,0 +1,248 @@
+"""The compiled core of sedac_hf. Arrays are C-contiguous unless said otherwise."""
+
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+__version__: str
+
+def kernel() -> str:
+    """Instruction set that the probes use on this processor: "avx2+fma", "neon" or "portable"."""
+
+def batch_confidence_accumulate(
+    previous: FloatArray,
+    risk: FloatArray,
+    tau: float,
+    weight: float,
+    gamma: float,
+    out: FloatArray | None = None,
+) -> FloatArray:
+    """Accumulated confidence: ``gamma * previous + weight * clamp((tau - risk) / tau, 0, 1)``.
+
+    A risk that is NaN or infinite, or a `tau` of 0, adds nothing.
+
+    Args:
+        previous: Confidence so far, ``[n]``.
+        risk: Risk at this checkpoint, ``[n]``.
+        tau: Threshold, at least 0.
+        weight: Weight of this checkpoint, at least 0.
+        gamma: Share of the earlier confidence that is kept, at least 0.
+        out: Where to write, ``[n]``; a new array by default. Must not be one of the inputs.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: If lengths differ or a parameter is negative or not finite.
+        TypeError: If an array has another type or gaps, or `out` is an input.
+    """
+
+class Probe:
+    """A probe: hidden state to risk, ``softplus(out(LayerNorm(project(hidden))))``."""
+
+    def __new__(
+        cls,
+        project: FloatArray,
+        norm_weight: FloatArray,
+        norm_bias: FloatArray,
+        eps: float,
+        out_weight: FloatArray,
+        out_bias: float,
+    ) -> Probe:
+        """Pack a probe.
+
+        Args:
+            project: Projection, ``[rank, width]``, of any layout.
+            norm_weight: Scale of the LayerNorm, ``[rank]``.
+            norm_bias: Shift of the LayerNorm, ``[rank]``.
+            eps: Added to the variance in the LayerNorm.
+            out_weight: Output row, ``[rank]``.
+            out_bias: Output bias.
+
+        Raises:
+            ValueError: If shapes disagree, are empty, or a value is not finite.
+        """
+    @property
+    def width(self) -> int:
+        """Width of the hidden states it reads."""
+    @property
+    def rank(self) -> int:
+        """Rank of its projection."""
+    def risk(self, hidden: npt.NDArray[Any], dtype: str = "f32") -> FloatArray:
+        """Risk of every row, read in place.
+
+        Args:
+            hidden: ``[rows, width]``, rows of any stride. float32 for "f32"; uint16 or int16
+                holding the bits for "bf16" and "f16"; float16 for "f16".
+            dtype: "f32", "bf16" or "f16".
+
+        Returns:
+            Risks, ``[rows]``; NaN where a state is not finite.
+
+        Raises:
+            ValueError: If the width is not the probe's, or `dtype` is none of the three.
+            TypeError: If `hidden` has another type or its rows have gaps.
+        """
+
+class Cascade:
+    """Rules and probes of all checkpoints. Immutable, so threads may share it."""
+
+    def __new__(
+        cls,
+        tau: FloatArray,
+        weight: FloatArray,
+        gamma: FloatArray,
+        exit_confidence: FloatArray,
+        probes: list[Probe] | None = None,
+    ) -> Cascade:
+        """Join rules and probes.
+
+        Args:
+            tau: Risk thresholds, ``[checkpoints]``.
+            weight: Weights, ``[checkpoints]``.
+            gamma: Decays, ``[checkpoints]``.
+            exit_confidence: Normalised confidence from which a row tries, ``[checkpoints]``.
+            probes: One per checkpoint; without them only `step_risk` works.
+
+        Raises:
+            ValueError: If lengths or widths disagree, or a value is negative or not finite.
+        """
+    @property
+    def num_checkpoints(self) -> int:
+        """Number of checkpoints."""
+    @property
+    def max_confidence(self) -> FloatArray:
+        """Greatest accumulated confidence that each checkpoint can reach, ``[checkpoints]``."""
+    def step(
+        self,
+        k: int,
+        hidden: npt.NDArray[Any],
+        dtype: str,
+        confidence: FloatArray,
+        active: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], int]:
+        """One checkpoint, fused: probe, accumulate, decide.
+
+        Args:
+            k: Which checkpoint, from 0.
+            hidden: As for `Probe.risk`.
+            dtype: As for `Probe.risk`.
+            confidence: Accumulated confidence, ``[rows]``, updated in place for active rows.
+            active: Rows that have not left, ``[rows]``; all by default.
+
+        Returns:
+            Risk ``[rows]``, normalised confidence ``[rows]`` (both NaN for rows that are not
+            active), whether each row tries to exit ``[rows]``, and how many do.
+
+        Raises:
+            IndexError: If there is no checkpoint `k`.
+            ValueError: If there are no probes, or a length or width disagrees.
+            TypeError: If an array has another type or layout.
+        """
+    def step_risk(
+        self,
+        k: int,
+        risk: FloatArray,
+        confidence: FloatArray,
+        active: npt.NDArray[np.bool_] | None = None,
+    ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], int]:
+        """The same from risks that are already known, ``[rows]``. Returns them unchanged."""
+
+class ReplayResult(TypedDict):
+    """What each policy would have done."""
+
+    doc_delta: FloatArray
+    """Mean over a document's tokens of `delta_nll`, 0 where not exited, ``[policies, docs]``."""
+    exits: npt.NDArray[np.int64]
+    """Tokens that left at each checkpoint, ``[policies, checkpoints]``."""
+    tries: npt.NDArray[np.int64]
+    """Tokens that tried to, ``[policies, checkpoints]``."""
+    tokens: int
+    """Number of tokens replayed, eligible or not."""
+
+def replay(
+    risk: FloatArray,
+    probability: FloatArray,
+    delta_nll: FloatArray,
+    eligible: npt.NDArray[np.bool_],
+    doc_offsets: npt.NDArray[np.int64],
+    tau: FloatArray,
+    weight: FloatArray,
+    gamma: FloatArray,
+    exit_confidence: FloatArray,
+    min_probability: FloatArray,
+) -> ReplayResult:
+    """Replay many policies over recorded traces, in parallel.
+
+    A token leaves at the first checkpoint where its normalised confidence reaches
+    `exit_confidence` and, unless `min_probability` is 0 there, the exit's own probability reaches
+    that. Values of checkpoints at which no token leaves are not looked at.
+
+    Args:
+        risk: ``[tokens, checkpoints]``.
+        probability: Largest probability of each exit, ``[tokens, checkpoints]``.
+        delta_nll: Loss of leaving there over that of the full depth, same shape.
+        eligible: Tokens that may leave, ``[tokens]``.
+        doc_offsets: First token of each document and the number of tokens, ``[docs + 1]``;
+            no document may be empty.
+        tau: ``[policies, checkpoints]``, as the four that follow.
+        weight: At least 0.
+        gamma: At least 0.
+        exit_confidence: At least 0; above 1 never exits.
+        min_probability: At least 0; 0 asks for none.
+
+    Returns:
+        The outcome of every policy.
+
+    Raises:
+        ValueError: If shapes disagree, offsets are not increasing, or a value is not allowed.
+        TypeError: If an array has another type or layout.
+        MemoryError: If the result does not fit.
+    """
+
+def betting_p_value(x: npt.NDArray[np.float64], alpha: float, delta: float) -> float:
+    """Betting p-value (Waudby-Smith and Ramdas) against ``E[x] > alpha``.
+
+    Args:
+        x: Independent observations in [0, 1], in an order that does not depend on their values.
+        alpha: Bar, in [0, 1].
+        delta: Level that the bets are sized for, in (0, 1); the p-value is valid for any.
+
+    Returns:
+        The p-value; 1 without observations.
+
+    Raises:
+        ValueError: If a value is out of range or NaN.
+    """
+
+def hoeffding_bentkus_p_value(n: int, mean: float, alpha: float) -> float:
+    """Hoeffding-Bentkus p-value against ``E[x] > alpha``.
+
+    Args:
+        n: Number of independent observations in [0, 1].
+        mean: Their mean.
+        alpha: Bar, in [0, 1].
+
+    Returns:
+        The p-value; 1 without observations.
+
+    Raises:
+        ValueError: If a value is out of range or NaN.
+    """
+
+def fixed_sequence(p_values: npt.NDArray[np.float64], delta: float) -> int:
+    """How many p-values are rejected in order, each at `delta`, before the first that is not.
+
+    Args:
+        p_values: In the order of the test; NaN is not rejected.
+        delta: Level, in (0, 1).
+
+    Returns:
+        The number rejected, 0 if the first is not.
+
+    Raises:
+        ValueError: If `delta` is out of range.
+    """

@@ -1,0 +1,200 @@
+"""The rules of a cascade: one per checkpoint, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedac_hf.errors import ConfigError
+
+__all__ = ["STRATEGIES", "CascadeConfig", "LayerConfig"]
+
+FloatArray = npt.NDArray[np.float32]
+
+STRATEGIES: Final = ("hard",)
+_TENSOR_FIELDS: Final = (
+    "threshold",
+    "weight",
+    "decay",
+    "exit_confidence",
+    "min_probability",
+    "temperature",
+)
+_LARGEST: Final = float(np.finfo(np.float32).max)
+_RANGES: Final[dict[str, tuple[float, float]]] = {
+    "threshold": (0.0, _LARGEST),
+    "weight": (0.0, _LARGEST),
+    "decay": (0.0, 1.0),
+    "exit_confidence": (0.0, _LARGEST),
+    "min_probability": (0.0, 1.0),
+    "temperature": (0.0, _LARGEST),
+}
+
+
+def _allowed(name: str) -> str:
+    low, high = _RANGES[name]
+    if high < _LARGEST:
+        return f"a number from {low:g} to {high:g}"
+    return "a finite number above 0" if name == "temperature" else "a finite number, at least 0"
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The rule of one checkpoint.
+
+    Attributes:
+        layer_idx: 0-based index of the layer whose output is inspected; -1 is the embedding.
+        threshold: Risk (tau) at and above which there is no confidence; 0 gives none ever.
+        weight: Weight of this checkpoint's confidence.
+        decay: Share (gamma) of the earlier confidence that is kept, in [0, 1].
+        exit_confidence: Normalised confidence from which a row tries to exit; above 1, none does.
+        min_probability: Least probability of the exit's own first choice for a try to succeed, in
+            [0, 1]; 0 asks for none.
+        temperature: Divides the exit's logits before sampling.
+    """
+
+    layer_idx: int
+    threshold: float
+    weight: float = 1.0
+    decay: float = 0.9
+    exit_confidence: float = 0.5
+    min_probability: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse values that the cascade cannot work with.
+
+        Raises:
+            ConfigError: If a field is not finite or out of its range.
+        """
+        if isinstance(self.layer_idx, bool) or not isinstance(self.layer_idx, int):
+            raise ConfigError(f"layer_idx must be an int, found {self.layer_idx!r}.")
+        if self.layer_idx < -1:
+            raise ConfigError(
+                f"layer_idx must be -1 (the embedding) or more, found {self.layer_idx}."
+            )
+        for name in _TENSOR_FIELDS:
+            value = getattr(self, name)
+            low, high = _RANGES[name]
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+                or not low <= value <= high
+                or (name == "temperature" and value == 0)
+            ):
+                raise ConfigError(
+                    f"checkpoint after layer {self.layer_idx}: {name} must be {_allowed(name)}, "
+                    f"found {value!r}."
+                )
+
+
+@dataclass(frozen=True)
+class CascadeConfig:
+    """The rules of all checkpoints.
+
+    Attributes:
+        layers: One rule per checkpoint, from the shallowest on.
+        strategy: What an exit skips: "hard" skips every later layer.
+        target_exit_rate: Share of tokens, in (0, 1), that `aim_thresholds` lets leave where there
+            is no calibration; None if thresholds are final.
+    """
+
+    layers: Sequence[LayerConfig]
+    strategy: str = "hard"
+    target_exit_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse an empty or unordered cascade.
+
+        Raises:
+            ConfigError: If there is no checkpoint, their layers do not increase, or a field is not
+                one of those known.
+        """
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if not self.layers:
+            raise ConfigError("a cascade needs at least one checkpoint, found none.")
+        indices = self.layer_indices
+        if any(later <= earlier for earlier, later in pairwise(indices)):
+            raise ConfigError(
+                f"checkpoints must be in increasing order of their layers, found {list(indices)}."
+            )
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(f"strategy must be one of {STRATEGIES}, found {self.strategy!r}.")
+        rate = self.target_exit_rate
+        if rate is not None and not 0 < rate < 1:
+            raise ConfigError(f"target_exit_rate must lie between 0 and 1, found {rate!r}.")
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        """Layer of every checkpoint."""
+        return tuple(layer.layer_idx for layer in self.layers)
+
+    def array(self, name: str) -> FloatArray:
+        """One field of all checkpoints.
+
+        Args:
+            name: A field of `LayerConfig`.
+
+        Returns:
+            Its values, ``[checkpoints]``.
+        """
+        return np.array([getattr(layer, name) for layer in self.layers], np.float32)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The rules as tensors ``cascade.<field>``, float32, ``[checkpoints]`` each.
+
+        What `from_tensors` makes of them equals this configuration rounded to float32, which is
+        the precision that decisions are made in.
+        """
+        return {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Mapping[str, Tensor],
+        layer_indices: Sequence[int],
+        *,
+        strategy: str = "hard",
+        target_exit_rate: float | None = None,
+    ) -> CascadeConfig:
+        """Inverse of `to_tensors`.
+
+        Args:
+            tensors: At least the tensors that `to_tensors` gives; others are left alone.
+            layer_indices: Layer of every checkpoint.
+            strategy: As in the class.
+            target_exit_rate: As in the class.
+
+        Returns:
+            The configuration.
+
+        Raises:
+            ConfigError: If a tensor is missing, has another shape, or holds a value that is not
+                allowed, NaN included.
+        """
+        values: dict[str, list[float]] = {}
+        for name in _TENSOR_FIELDS:
+            key = f"cascade.{name}"
+            if key not in tensors:
+                raise ConfigError(f"tensor {key!r} is missing.")
+            tensor = tensors[key]
+            if tensor.shape != (len(layer_indices),):
+                raise ConfigError(
+                    f"tensor {key!r} must hold one value per checkpoint, expected shape "
+                    f"({len(layer_indices)},), found {tuple(tensor.shape)}."
+                )
+            values[name] = tensor.detach().float().cpu().tolist()
+        layers = tuple(
+            LayerConfig(layer_idx, **{name: values[name][k] for name in _TENSOR_FIELDS})
+            for k, layer_idx in enumerate(layer_indices)
+        )
+        return cls(layers, strategy=strategy, target_exit_rate=target_exit_rate)

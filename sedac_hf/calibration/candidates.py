@@ -23,8 +23,9 @@ Float32Array = npt.NDArray[np.float32]
 _EXIT_CONFIDENCE = 0.5
 _DECAYS = (0.0, 0.5, 0.9)
 _WEIGHTS = (0.5, 1.0, 2.0)
-# A checkpoint that never tries: confidence 0 of its own, and full confidence asked for. Its small
-# weight leaves the confidence that is handed on as it was.
+# A checkpoint that never tries: no confidence reaches 2. Its small weight leaves the confidence that
+# is handed on as it was.
+_CLOSED_CONFIDENCE = 2.0
 _CLOSED_WEIGHT = 1e-3
 _RISK_GRID = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 _LEAVING_GRID = (0.002, 0.005, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.5)
@@ -172,7 +173,7 @@ def _from_quantiles(
         tau=np.where(active, tau, 0.0).astype(np.float32),
         weight=np.where(active, weight, _CLOSED_WEIGHT).astype(np.float32),
         gamma=gamma.astype(np.float32),
-        exit_confidence=np.where(active, _EXIT_CONFIDENCE, 1.0).astype(np.float32),
+        exit_confidence=np.where(active, _EXIT_CONFIDENCE, _CLOSED_CONFIDENCE).astype(np.float32),
         min_probability=least.astype(np.float32),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,11 @@ class DocumentBatch:
     entropy: Tensor
     prompt_lengths: Tensor
 
+    def to(self, device: torch.device | str) -> DocumentBatch:
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
+        return DocumentBatch(**moved)
+
 
 class BaseStates:
     """Memory-mapped states of the base over a set of documents.
@@ -77,7 +82,6 @@ class BaseStates:
         self.width = width
         self.offsets = np.concatenate([[0], np.cumsum([len(d) for d in self.documents])])
         directory.mkdir(parents=True, exist_ok=True)
-        self._done = directory / "done.json"
         tokens = int(self.offsets[-1])
         key = {
             "documents": [d.hash for d in self.documents],
@@ -87,7 +91,7 @@ class BaseStates:
         fresh = self._read_key() != key
         mode = "w+" if fresh else "r+"
 
-        def array(name: str, dtype: type, *shape: int) -> np.memmap:  # type: ignore[type-arg]
+        def array(name: str, dtype: type, *shape: int) -> np.memmap:
             return np.memmap(directory / f"{name}.bin", dtype, mode, shape=(tokens, *shape))  # type: ignore[call-overload, no-any-return]
 
         self._states = {
@@ -99,44 +103,55 @@ class BaseStates:
         self._entropy = array("entropy", np.float32)
         if fresh:
             (directory / "key.json").write_text(json.dumps(key))
-            self._done.write_text("0")
+            for old in directory.glob("done-*"):
+                old.unlink()
 
-    @property
-    def recorded(self) -> int:
-        """Number of documents, in order of length, that are on disk."""
-        return int(self._done.read_text())
-
-    def record(self, shell: BaseShell, *, batch_tokens: int = 4096, progress: bool = True) -> None:
+    def record(
+        self,
+        shell: BaseShell,
+        *,
+        part: tuple[int, int] = (0, 1),
+        batch_tokens: int = 4096,
+        progress: bool = True,
+    ) -> None:
         """Run the base over every document that is not on disk yet.
 
         Args:
             shell: Shell of the base.
+            part: This process's number and the number of processes that share the work.
             batch_tokens: Most tokens of one forward, padding included.
             progress: Show a progress bar.
         """
-        order = self._order()
-        done = self.recorded
+        mine = self._order()[part[0] :: part[1]]
+        marker = self.directory / f"done-{part[0]}-{part[1]}"
+        done = int(marker.read_text()) if marker.exists() else 0
+        sizes = [len(self.documents[i]) for i in mine]
         bar = tqdm(
-            total=int(self.offsets[-1]),
-            initial=sum(len(self.documents[i]) for i in order[:done]),
-            unit="tok", desc="states", disable=not progress,
-        )  # fmt: skip
-        while done < len(order):
-            longest = len(self.documents[order[done]])
-            rows = order[done : done + max(1, batch_tokens // longest)]
+            total=sum(sizes),
+            initial=sum(sizes[:done]),
+            unit="tok",
+            desc="states",
+            disable=not progress,
+        )
+        while done < len(mine):
+            count = max(1, batch_tokens // sizes[done])
             with torch.inference_mode():
-                self._record_rows(shell, rows)
-            done += len(rows)
-            self._done.write_text(str(done))
-            bar.update(sum(len(self.documents[i]) for i in rows))
+                self._record_rows(shell, mine[done : done + count])
+            bar.update(sum(sizes[done : done + count]))
+            done = min(done + count, len(mine))
+            self._flush()
+            marker.write_text(str(done))
         bar.close()
 
-    def batch(self, rows: Sequence[int], layer: int) -> DocumentBatch:
+    def batch(
+        self, rows: Sequence[int], layer: int, device: torch.device | str = "cpu"
+    ) -> DocumentBatch:
         """Read documents back, padded on the right.
 
         Args:
             rows: Indices of documents.
             layer: Which checkpoint's states to read.
+            device: Where to put them.
 
         Returns:
             The batch, float32.
@@ -164,7 +179,7 @@ class BaseStates:
             probabilities = self._top_probabilities[span].astype(np.float32)
             batch.top_probabilities[row, :n] = torch.from_numpy(probabilities)
             batch.entropy[row, :n] = torch.from_numpy(np.array(self._entropy[span]))
-        return batch
+        return batch.to(device)
 
     def token_mass(self, rows: Sequence[int], vocabulary: int) -> npt.NDArray[np.float64]:
         """Probability that the base gave each token, summed over documents; ``[vocabulary]``."""
@@ -215,6 +230,12 @@ class BaseStates:
                 )
             self._entropy[at] = entropy.cpu().numpy()
 
+    def _flush(self) -> None:
+        """Hand the pages to the file before it is noted that they are there."""
+        arrays = (self._final, self._top_ids, self._top_probabilities, self._entropy)
+        for array in (*self._states.values(), *arrays):
+            array.flush()
+
     def _order(self) -> list[int]:
         """Longest first: padding is least, and a memory problem shows at once."""
         return sorted(range(len(self.documents)), key=lambda i: (-len(self.documents[i]), i))
@@ -235,6 +256,7 @@ def iter_logits(shell: BaseShell, final: Tensor) -> Iterator[tuple[slice, Tensor
         Which tokens, and their logits ``[some, vocabulary]``.
     """
     step = max(1, _LOGIT_FLOATS // int(shell.base.config.get_text_config().vocab_size))
+    final = final.to(shell.base.device, shell.base.dtype)
     for start in range(0, len(final), step):
         part = slice(start, min(start + step, len(final)))
         yield part, shell.logits(final[part].unsqueeze(0)).squeeze(0)

@@ -1,0 +1,328 @@
+"""The stages of `fit`, in the order in which they run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from sedac_hf.calibration.bounds import RiskTarget
+from sedac_hf.calibration.certificate import Certificate
+from sedac_hf.calibration.certify import certify
+from sedac_hf.calibration.costs import CostModel
+from sedac_hf.calibration.documents import Document, encode_texts, read_documents
+from sedac_hf.calibration.fit_splits import Splits
+from sedac_hf.calibration.head_storage import choose_storage
+from sedac_hf.calibration.head_training import HeadReport, HeadSchedule, train_head
+from sedac_hf.calibration.measurement import collect_traces
+from sedac_hf.calibration.policy_search import choose_policies
+from sedac_hf.calibration.probe_training import GateReport, fit_probes
+from sedac_hf.calibration.states import BaseStates
+from sedac_hf.calibration.texts import write_texts
+from sedac_hf.calibration.workspace import Workspace
+from sedac_hf.config import CheckpointSpec
+from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.exit_heads import build_exit_head
+from sedac_hf.errors import CalibrationError
+from sedac_hf.modeling import SedacForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedac_hf.core.exit_heads import ExitHead
+
+logger = logging.getLogger(__name__)
+
+# Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
+_TEXTS_UNTIL, _HEADS_UNTIL = 0.35, 0.80
+_MIN_DOCUMENTS = 40
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """What `fit` is asked for.
+
+    Attributes:
+        checkpoints: Checkpoints and their heads; None places three blocks in the upper half.
+        budget_seconds: Wall-clock time for everything.
+        text_tokens: Most tokens that the base writes.
+        max_length: Longest document made from given texts, in tokens.
+        draft_words: Size of the draft vocabulary.
+        probe_rank: Rank of the probes.
+        storage: `"whole"`, `"delta"`, or `"auto"`: deltas where they cost less than a point of
+            agreement.
+        epsilon: Perplexity increase to certify, as a fraction.
+        delta: Chance that the certificate may be wrong.
+        learning_rate: Peak learning rate of heads.
+        epochs: Passes of a head over the documents at most.
+        seed: Seed of every draw.
+    """
+
+    checkpoints: tuple[CheckpointSpec, ...] | None = None
+    budget_seconds: float = 1200.0
+    text_tokens: int = 1_000_000
+    max_length: int = 256
+    draft_words: int = 8192
+    probe_rank: int = 64
+    storage: str = "auto"
+    epsilon: float = 0.01
+    delta: float = 0.1
+    learning_rate: float = 1e-3
+    epochs: float = 12.0
+    seed: int = 0
+
+
+@dataclass
+class FitReport:
+    """What `fit` did and measured.
+
+    Attributes:
+        documents: Documents of each split.
+        tokens: Tokens of all documents.
+        self_written: Whether the base wrote the texts.
+        heads: One report a head.
+        gates: How well each gate works at each checkpoint, on documents it did not see.
+        probe_target: Which target the kept probes have.
+        storage: How each head is stored, and what the choice cost in agreement.
+        seconds: Time of each stage.
+        certificate: The certificate, as JSON values.
+    """
+
+    documents: dict[str, int] = field(default_factory=dict)
+    tokens: int = 0
+    self_written: bool = True
+    heads: list[HeadReport] = field(default_factory=list)
+    gates: list[GateReport] = field(default_factory=list)
+    probe_target: str = "entropy"
+    storage: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    certificate: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return asdict(self)
+
+
+class FitRun:
+    """The stages of one `fit`, in the order in which they run."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: FitSettings,
+        output: Path,
+        self_written: bool,
+        progress: bool,
+        started: float,
+    ) -> None:
+        """Place the base and open the working folder; see `fit` for the arguments."""
+        self.base = base
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.started = started
+        self.process = PartialState()
+        self.progress = progress and self.process.is_main_process
+        self.shell = BaseShell(base)
+        self.specs = tuple(settings.checkpoints or default_checkpoints(self.shell.num_layers))
+        self.report = FitReport(self_written=self_written)
+        self.policies: list[Any] = []
+        self._clock = started
+        keyed = {k: v for k, v in asdict(settings).items() if k not in ("budget_seconds", "epochs")}
+        keyed |= {"base": base.config.name_or_path, "self_written": self_written}
+        self.workspace = Workspace(output.with_name(output.name + ".work"), keyed)
+
+    def deadline(self, share: float) -> float:
+        """Moment at which `share` of the budget is used up."""
+        return self.started + share * self.settings.budget_seconds
+
+    def documents(self, texts: Iterable[str] | None) -> list[Document]:
+        """Documents given by the user or written by the base."""
+        if texts is not None:
+            given = self.workspace.given_documents(
+                lambda: list(
+                    encode_texts(texts, self.tokenizer, max_length=self.settings.max_length)
+                )
+            )
+            documents = list({d.hash: d for d in given}.values())
+        else:
+            rank, ranks = self.process.process_index, self.process.num_processes
+            write_texts(
+                self.base,
+                self.tokenizer,
+                self.workspace.texts_path(rank),
+                tokens=self.settings.text_tokens // ranks,
+                seed=self.settings.seed * ranks + rank,
+                deadline=self.deadline(_TEXTS_UNTIL),
+                progress=self.progress,
+            )
+            self.process.wait_for_everyone()
+            paths = [self.workspace.texts_path(r) for r in range(ranks)]
+            found = [d for path in paths for d in read_documents(path)]
+            documents = list({d.hash: d for d in found}.values())
+        if len(documents) < _MIN_DOCUMENTS:
+            raise CalibrationError(
+                f"found {len(documents)} usable documents, expected at least {_MIN_DOCUMENTS}; "
+                "give more texts or a larger budget"
+            )
+        self._stage("texts")
+        self.report.tokens = sum(map(len, documents))
+        return documents
+
+    def states(self, splits: Splits) -> BaseStates:
+        """The base's states over every document that heads, probes and search need."""
+        self.report.documents = {
+            name: len(getattr(splits, name)) for name in ("train", "probe", "search", "certify")
+        }
+        width = int(self.base.config.get_text_config().hidden_size)
+        layers = [spec.layer_idx for spec in self.specs]
+        # Certification documents come last and are never recorded: nothing may see them.
+        documents = splits.documents[: splits.certify[0]]
+        directory = self.workspace.directory / "states"
+        with self.process.main_process_first():
+            states = BaseStates(directory, documents, layers, width)
+        states.record(
+            self.shell,
+            part=(self.process.process_index, self.process.num_processes),
+            progress=self.progress,
+        )
+        self.process.wait_for_everyone()
+        self._stage("states")
+        return states
+
+    def heads(self, states: BaseStates, splits: Splits) -> list[ExitHead]:
+        """Train the heads, each process its share, and load them all."""
+        vocabulary = int(self.base.config.get_text_config().vocab_size)
+        with self.process.main_process_first():
+            self.draft = self.workspace.draft_vocabulary(
+                lambda: _draft_vocabulary(
+                    states, splits.train, vocabulary, self.settings.draft_words
+                )
+            )
+        heads = [build_exit_head(spec, self.shell).float() for spec in self.specs]
+        heads = [head.to(self.base.device) for head in heads]
+        mine = heads[self.process.process_index :: self.process.num_processes]
+        for place, head in enumerate(mine):
+            if self.workspace.has_head(head):
+                continue
+            left = self.deadline(_HEADS_UNTIL) - time.monotonic()
+            schedule = HeadSchedule(
+                seconds=max(left / (len(mine) - place), 10.0),
+                epochs=self.settings.epochs,
+                learning_rate=self.settings.learning_rate,
+                seed=self.settings.seed,
+            )
+            trained = train_head(
+                head, self.shell, states, splits.train, splits.search, self.draft, schedule,
+                progress=self.progress,
+            )  # fmt: skip
+            self.workspace.save_head(head, trained)
+        self.process.wait_for_everyone()
+        for head in heads:
+            self.report.heads.append(self.workspace.load_head(head))
+            head.requires_grad_(False).eval()
+        self._stage("heads")
+        return heads
+
+    def thresholds(
+        self, states: BaseStates, splits: Splits, heads: list[ExitHead]
+    ) -> SedacForCausalLM:
+        """Store the heads, train the probes, and search the policies."""
+        specs, heads, self.report.storage = choose_storage(
+            heads, self.shell, states, splits.search, self.settings.storage
+        )
+        fitted = fit_probes(
+            heads, self.shell, states, splits.probe, splits.search, self.draft,
+            rank=self.settings.probe_rank, epsilon=self.settings.epsilon, seed=self.settings.seed,
+        )  # fmt: skip
+        self.report.gates, self.report.probe_target = fitted.gates, fitted.target
+        self._stage("probes")
+        model = SedacForCausalLM.from_base(
+            self.base,
+            checkpoints=specs,
+            heads=heads,
+            probes=fitted.probes,
+            draft_vocabulary=self.draft,
+            probe_target=fitted.target,
+            probe_rank=self.settings.probe_rank,
+        )
+        traces = collect_traces(heads, fitted.probes, self.shell, states, splits.search, self.draft)
+        traces.save(self.workspace.directory / "traces.safetensors")
+        costs = CostModel.from_base(
+            self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
+        )
+        self.policies = choose_policies(
+            model, traces, splits.of(splits.search), costs,
+            epsilon=self.settings.epsilon, seed=self.settings.seed,
+        )  # fmt: skip
+        self._stage("search")
+        return model
+
+    def certificate(
+        self, model: SedacForCausalLM, splits: Splits, target: RiskTarget
+    ) -> Certificate | None:
+        """Walk the policies on fresh documents and set the model to the last that passed."""
+        if not self.policies:
+            logger.warning(
+                "no policy saves time within the perplexity bound: exits stay off in certified mode"
+            )
+            return None
+        certificate = certify(
+            model,
+            splits.of(splits.certify),
+            self.policies,
+            target=target,
+            other_splits={
+                name: splits.of(getattr(splits, name)) for name in ("train", "probe", "search")
+            },
+            progress=self.progress,
+        )
+        if certificate.policy is not None:
+            model.set_cascade(certificate.policy.cascade)
+        self.report.certificate = certificate.to_dict()
+        self._stage("certify")
+        return certificate
+
+    def _stage(self, name: str) -> None:
+        now = time.monotonic()
+        self.report.seconds[name] = now - self._clock
+        self._clock = now
+
+
+def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
+    """Three block heads in the upper part of the base, where a frozen model allows exits.
+
+    Args:
+        num_layers: Decoder layers of the base.
+
+    Returns:
+        Checkpoints after about 40, 55 and 70 % of the layers; fewer for very shallow bases.
+
+    Raises:
+        CalibrationError: If the base has fewer than two layers.
+    """
+    if num_layers < 2:
+        raise CalibrationError(
+            f"the base has {num_layers} layer: there is nothing to skip, so no exits can be fitted"
+        )
+    places = {
+        min(max(round(share * num_layers) - 1, 0), num_layers - 2) for share in (0.4, 0.55, 0.7)
+    }
+    return [CheckpointSpec(layer_idx=place) for place in sorted(places)]
+
+
+def _draft_vocabulary(
+    states: BaseStates, rows: Sequence[int], vocabulary: int, words: int
+) -> Tensor:
+    """The words to which the base gives most probability on the training texts, sorted by id."""
+    mass = states.token_mass(rows, vocabulary)
+    best = np.argsort(-mass, kind="stable")[: min(words, vocabulary)]
+    return torch.from_numpy(np.sort(best).astype(np.int64))

@@ -1,0 +1,70 @@
+"""`fit`: from a base model to a certified artefact, in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sedac_hf.calibration.bounds import RiskTarget
+from sedac_hf.calibration.fit_splits import split_for_fit
+from sedac_hf.calibration.fit_stages import FitReport, FitRun, FitSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sedac_hf.modeling import SedacForCausalLM
+
+__all__ = ["FitReport", "FitSettings", "fit"]
+
+
+def fit(
+    base: PreTrainedModel,
+    texts: Iterable[str] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    settings: FitSettings | None = None,
+    progress: bool = True,
+) -> tuple[SedacForCausalLM, FitReport]:
+    """Fit exits to a frozen base: texts, heads, probes, policy, certificate, card.
+
+    A run that was interrupted goes on where it was when called again with the same arguments. Under
+    `accelerate launch` the processes share the writing and recording of texts and the training of
+    heads; the main one does the rest.
+
+    Args:
+        base: The base model; it is not changed.
+        texts: Plain texts; None lets the base write its own.
+        tokenizer: The base's tokenizer; saved with the artefact.
+        output_dir: Where the artefact goes.
+        settings: What to do; None means the defaults.
+        progress: Show progress bars.
+
+    Returns:
+        The wrapped base with the fitted exits, and the report.
+
+    Raises:
+        CalibrationError: If there are too few texts, or training fails.
+    """
+    settings = settings or FitSettings()
+    started = time.monotonic()
+    target = RiskTarget(epsilon=settings.epsilon, delta=settings.delta)
+    output = Path(output_dir)
+    run = FitRun(base, tokenizer, settings, output, texts is None, progress, started)
+    documents = run.documents(texts)
+    splits = split_for_fit(documents, settings.seed)
+    states = run.states(splits)
+    heads = run.heads(states, splits)
+    model = run.thresholds(states, splits, heads)
+    certificate = run.certificate(model, splits, target)
+    if run.process.is_main_process:
+        model.save_pretrained(
+            output,
+            tokenizer=tokenizer,
+            certificate=certificate,
+            results={"fit": run.report.to_dict()},
+        )
+    run.process.wait_for_everyone()
+    return model, run.report

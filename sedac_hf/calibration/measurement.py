@@ -1,0 +1,103 @@
+"""Measures what each exit would have done to each token: the content of traces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sedac_hf.calibration.head_training import batches_of, exit_states
+from sedac_hf.calibration.states import BaseStates, DocumentBatch, iter_logits
+from sedac_hf.calibration.traces import Traces
+
+if TYPE_CHECKING:
+    from sedac_hf.core.base_shell import BaseShell
+    from sedac_hf.core.exit_heads import ExitHead
+    from sedac_hf.core.probe_inference import ProbeManager
+
+
+@torch.inference_mode()
+def collect_traces(
+    heads: Sequence[ExitHead],
+    probes: ProbeManager,
+    shell: BaseShell,
+    states: BaseStates,
+    rows: Sequence[int],
+    draft: Tensor,
+) -> Traces:
+    """Judge every possible exit of every continuation token.
+
+    Args:
+        heads: Exit heads in the order of their checkpoints.
+        probes: Their probes.
+        shell: Shell of the base.
+        states: Recorded states.
+        rows: Documents to look at.
+        draft: Draft vocabulary, token ids.
+
+    Returns:
+        Traces of these documents, in the given order.
+    """
+    columns = len(heads)
+    first = {i: max(states.documents[i].prompt_length, 1) for i in rows}
+    lengths = np.array([len(states.documents[i]) - first[i] for i in rows], dtype=np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    place = {i: int(offsets[n]) for n, i in enumerate(rows)}
+    total = int(offsets[-1])
+    eligible = np.ones(total, dtype=np.bool_)
+    eligible[offsets[:-1][lengths > 0]] = False
+    nll_full = np.zeros(total, dtype=np.float32)
+    risk, probability, delta, divergence = (
+        np.zeros((total, columns), dtype=np.float32) for _ in range(4)
+    )
+    agree = np.zeros((total, columns), dtype=np.bool_)
+    for chosen in batches_of(states, sorted(rows, key=lambda i: len(states.documents[i])), 4096):
+        where = np.concatenate(
+            [place[i] + np.arange(len(states.documents[i]) - first[i]) for i in chosen]
+        )
+        for column, head in enumerate(heads):
+            batch = states.batch(chosen, head.layer_idx, shell.base.device)
+            counted = predicting(batch)
+            targets = batch.ids.roll(-1, 1)[counted]
+            exited = exit_states(head, shell, batch)[counted]
+            risk[where, column] = probes.risk(column, batch.states[counted]).cpu().numpy()
+            for part, full, out in _both(shell, batch.final[counted], exited):
+                at = where[part]
+                gold = targets[part, None]
+                nll_full[at] = -full.gather(-1, gold).squeeze(-1).cpu().numpy()
+                delta[at, column] = (full - out).gather(-1, gold).squeeze(-1).cpu().numpy()
+                divergence[at, column] = (full.exp() * (full - out)).sum(-1).cpu().numpy()
+                agree[at, column] = (full.argmax(-1) == out.argmax(-1)).cpu().numpy()
+                chance = torch.softmax(out[:, draft.to(out.device)], -1).amax(-1)
+                probability[at, column] = chance.cpu().numpy()
+    return Traces(
+        checkpoints=tuple(head.layer_idx for head in heads),
+        doc_offsets=offsets,
+        eligible=eligible,
+        nll_full=nll_full,
+        risk=risk,
+        probability=probability,
+        delta_nll=delta,
+        divergence=divergence,
+        agree=agree,
+    )
+
+
+def predicting(batch: DocumentBatch) -> Tensor:
+    """Positions that predict a token of the continuation, ``[rows, seq]``."""
+    position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    start = batch.prompt_lengths.clamp_min(1)[:, None] - 1
+    stop = batch.mask.sum(-1, keepdim=True) - 1
+    return (position >= start) & (position < stop)
+
+
+def _both(
+    shell: BaseShell, final: Tensor, exited: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Log-probabilities at full depth and at the exit, a bounded number of tokens at a time."""
+    for part, full in iter_logits(shell, final):
+        out = shell.logits(exited[part].to(shell.base.dtype).unsqueeze(0)).squeeze(0)
+        yield part, torch.log_softmax(full.float(), -1), torch.log_softmax(out.float(), -1)

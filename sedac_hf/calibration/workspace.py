@@ -1,0 +1,92 @@
+"""What `fit` keeps on disk between its stages, so that an interrupted run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sedac_hf.calibration.documents import Document, append_documents, read_documents
+from sedac_hf.calibration.head_training import HeadReport
+from sedac_hf.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from sedac_hf.core.exit_heads import ExitHead
+
+
+class Workspace:
+    """A folder that belongs to one run of `fit`."""
+
+    def __init__(self, directory: Path, settings: dict[str, Any]) -> None:
+        """Open the folder, or refuse it when another run's settings are in it.
+
+        Args:
+            directory: The folder.
+            settings: What the results depend on, as JSON values.
+
+        Raises:
+            CalibrationError: If the folder was begun with other settings.
+        """
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "settings.json"
+        settings = json.loads(json.dumps(settings))
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(
+                key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key)
+            )
+            if differing:
+                raise CalibrationError(
+                    f"{directory} holds an unfinished fit with another "
+                    f"{', '.join(differing)}; remove the folder, or fit into another one"
+                )
+        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+    def texts_path(self, rank: int) -> Path:
+        """File of the documents that one process writes."""
+        return self.directory / f"texts-{rank}.jsonl"
+
+    def given_documents(self, make: Callable[[], list[Document]]) -> list[Document]:
+        """Documents made from the user's texts; made once."""
+        path = self.directory / "given.jsonl"
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            partial.unlink(missing_ok=True)
+            append_documents(partial, make())
+            partial.rename(path)
+        return read_documents(path)
+
+    def has_head(self, head: ExitHead) -> bool:
+        """Whether a head has been trained."""
+        return self._head_path(head).with_suffix(".json").exists()
+
+    def load_head(self, head: ExitHead) -> HeadReport:
+        """Put a trained head's weights in place."""
+        path = self._head_path(head)
+        head.load_state_dict(load_file(path))
+        values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        values["top"] = {int(n): rate for n, rate in values["top"].items()}
+        return HeadReport(**values)
+
+    def save_head(self, head: ExitHead, report: HeadReport) -> None:
+        """Keep a trained head."""
+        path = self._head_path(head)
+        save_file({n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}, path)
+        path.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    def draft_vocabulary(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The draft vocabulary; made once."""
+        path = self.directory / "draft.safetensors"
+        if not path.exists():
+            save_file({"tokens": make()}, path)
+        return load_file(path)["tokens"]
+
+    def _head_path(self, head: ExitHead) -> Path:
+        kind = "feedback" if head.spec.feedback else "plain"
+        return self.directory / f"head-{head.layer_idx}-{kind}.safetensors"

@@ -10,6 +10,7 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.registration import register_model
 
 __all__ = ["HEADS", "MODES", "PROBE_TARGETS", "CheckpointSpec", "SedacConfig"]
 
@@ -179,6 +180,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
             ConfigError: If a field has a value that is not among those allowed.
         """
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+        register_model()
         self.checkpoints = self.checkpoints or []
         self.certified_dtypes = self.certified_dtypes or []
         _check_choice("mode", self.mode, MODES)

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from sedac_hf.core.epilogue import watch_epilogue
-from sedac_hf.core.support import check_supported, find_cache_argument, find_decoder, module_path
+from sedac_hf.core.support import (
+    check_supported,
+    find_cache_argument,
+    find_decoder,
+    module_device,
+    module_path,
+)
 from sedac_hf.errors import SedacError, UnsupportedModelError
 
 __all__ = ["KEEP", "BaseShell", "LayerCall", "Loop"]
@@ -155,6 +161,11 @@ class BaseShell:
     def layers(self) -> nn.ModuleList:
         """The base's decoder layers."""
         return cast(nn.ModuleList, getattr(self.decoder, self._layers_name))
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids belong."""
+        return module_device(self.base.get_input_embeddings())
 
     @property
     def vocabulary_size(self) -> int:
@@ -352,7 +363,7 @@ class BaseShell:
 
     def _logits_through_decoder(self, hidden: Tensor, vocabulary: nn.Linear | None) -> Tensor:
         """The slow way: the whole forward with the states put in after the last layer."""
-        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.base.device)
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.input_device)
         record = _Record(lambda _, calls: hidden)
         head = self._head_override(vocabulary)
         output = self._call(record, {}, head, {"input_ids": ids, "use_cache": False})
@@ -361,7 +372,7 @@ class BaseShell:
     @torch.no_grad()
     def _probe_return(self) -> bool:
         """Run the first layer on one token and look at what it returns."""
-        ids = torch.ones((1, 1), dtype=torch.long, device=self.base.device)
+        ids = torch.ones((1, 1), dtype=torch.long, device=self.input_device)
         record = _Record(lambda hidden, calls: hidden, first_only=True)
         try:
             self._call(record, {}, {}, {"input_ids": ids, "use_cache": False})
@@ -375,7 +386,7 @@ class BaseShell:
     def _find_epilogue(self) -> _Epilogue:
         """Watch what the decoder applies after its layers, and check the finding."""
         names, output_type = watch_epilogue(self)
-        ids = torch.ones((1, 2), dtype=torch.long, device=self.base.device)
+        ids = torch.ones((1, 2), dtype=torch.long, device=self.input_device)
         hidden, _ = self.prologue(input_ids=ids, use_cache=False)
         found = _Epilogue(names, output_type)
         if names and self._path:

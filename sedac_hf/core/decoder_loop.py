@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sedac_hf.core.probe_inference import ProbeManager
 
 __all__ = ["DecodeLoop", "ExitParts", "LayerPass", "checkpoint_decision", "top_probability"]
+
+logger = logging.getLogger(__name__)
 
 Mask = npt.NDArray[np.bool_]
 # Logits that are held at once when only their largest probability is wanted.
@@ -77,6 +80,10 @@ class LayerPass:
             else:
                 hidden = torch.where(left.to(output.device), hidden.to(output.device), output)
         return hidden
+
+    def run_all(self, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
+        """Run every layer: the loop without exits."""
+        return self.run(hidden, calls, 0, len(calls))
 
     def fill(self, hidden: Tensor, calls: list[LayerCall], start: int, stop: int) -> None:
         """Write the K/V of layers `start` to `stop - 1` from frozen states."""
@@ -163,8 +170,14 @@ class DecodeLoop:
         """Whether the exit heads have K/V of every position that the base has."""
         session = self._session
         if session.cache is not cache:
-            session.cache = cache if self._parts.layout.attach(cache) else None
-        return session.cache is cache
+            session.cache = cache
+            session.in_step = self._parts.layout.attach(cache)
+            if not session.in_step:
+                logger.warning(
+                    "The cache that was given holds positions that the exit heads have not seen, "
+                    "so exits stay off. Let generate fill the cache from its beginning."
+                )
+        return session.in_step
 
     def _prefill(self, hidden: Tensor, calls: list[LayerCall], cache: Any) -> Tensor:
         """All layers for all positions; the heads' K/V are filled on the way."""
@@ -248,8 +261,8 @@ class _Step:
             self._parts, self._cascade, k, states, self._state, self._active
         )
         record, active = self.record, self._active
-        record.risk = np.where(active, risk, record.risk)
-        record.confidence = np.where(active, confidence, record.confidence)
+        record.risks[active, k] = risk[active]
+        record.confidences[active, k] = confidence[active]
         self._try = tries & active
         record.tries[:, k] = self._try
         return bool(self._try.any())
@@ -259,7 +272,9 @@ class _Step:
         leaving = self._try
         least = self._cascade.config.layers[k].min_probability
         if least > 0:
-            leaving = leaving & (top_probability(self._parts, exit_states)[:, 0] >= least)
+            probability = top_probability(self._parts, exit_states)[:, 0]
+            self.record.probabilities[leaving, k] = probability[leaving]
+            leaving = leaving & (probability >= least)
         if not leaving.any():
             return
         self._active = self._active & ~leaving
@@ -306,11 +321,7 @@ def checkpoint_decision(
         decision = cascade.step(k, states, state, active)
     else:
         decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
-    return (
-        np.asarray(decision.risk, np.float32),
-        np.asarray(decision.confidence, np.float32),
-        np.asarray(decision.try_exit, np.bool_),
-    )
+    return decision.risk, decision.confidence, decision.try_exit
 
 
 def top_probability(parts: ExitParts, exit_states: Tensor) -> npt.NDArray[np.float32]:

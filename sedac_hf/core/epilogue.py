@@ -56,7 +56,7 @@ def watch_epilogue(shell: BaseShell) -> tuple[tuple[str, ...], type[Any]]:
         after.append(hidden + 0)  # a tensor of its own: what follows is told by identity
         return after[0]
 
-    ids = torch.ones((1, 2), dtype=torch.long, device=shell.base.device)
+    ids = torch.ones((1, 2), dtype=torch.long, device=shell.input_device)
     output = shell.run_decoder(loop, spies, input_ids=ids, use_cache=False)
     state = after[0]
     names: list[str] = []

@@ -124,11 +124,11 @@ def fill_by_proxy(
 @torch.no_grad()
 def _agrees(shell: BaseShell, stacked: StackedKV, first_layer: int) -> bool:
     """Whether the stacked product writes the K/V that the layers write themselves."""
-    device = shell.base.device
-    ids = torch.ones((2, 3), dtype=torch.long, device=device)
+    ids = torch.ones((2, 3), dtype=torch.long, device=shell.input_device)
     _, calls = shell.prologue(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn((2, 3, stacked.width), generator=generator).to(device, stacked.dtype)
+    hidden = torch.randn((2, 3, stacked.width), generator=generator)
+    hidden = hidden.to(stacked.device, stacked.dtype)
     stop = shell.num_layers
     ours, theirs = DynamicCache(), DynamicCache()
     written: list[tuple[Any, Any]] = []

@@ -89,7 +89,7 @@ class LREProbe(nn.Module):
             norm_bias=array(self.norm.bias),
             epsilon=self.norm.eps,
             out_weight=array(self.out.weight[0]),
-            out_bias=float(self.out.bias),
+            out_bias=float(self.out.bias.detach()),
         )
 
 

@@ -13,9 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sedac_hf.core.cascade_controller import CascadeController
 
 __all__ = ["ExitSession", "ExitStats", "StepRecord", "active_session", "session_scope"]
+
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass
@@ -25,15 +30,18 @@ class StepRecord:
     Attributes:
         layers: Layer each row left after, `[rows]`; the number of layers where it did not leave.
         checkpoints: Index of the checkpoint each row left at, `[rows]`; -1 where it did not.
-        risk: Risk at the last checkpoint a row came to, `[rows]`; NaN if it came to none.
-        confidence: Normalised confidence there, `[rows]`; NaN if it came to none.
-        tries: Whether the exit head was tried at each checkpoint, `[rows, checkpoints]`.
+        risks: Risk at each checkpoint, `[rows, checkpoints]`; NaN where a row did not come.
+        confidences: Normalised confidence there, same shape.
+        probabilities: Largest probability of the exit there, same shape; NaN where it was not
+            asked.
+        tries: Whether the exit head was tried there, same shape.
     """
 
     layers: npt.NDArray[np.int64]
     checkpoints: npt.NDArray[np.int64]
-    risk: npt.NDArray[np.float32]
-    confidence: npt.NDArray[np.float32]
+    risks: FloatArray
+    confidences: FloatArray
+    probabilities: FloatArray
     tries: npt.NDArray[np.bool_]
 
     @classmethod
@@ -42,10 +50,29 @@ class StepRecord:
         return cls(
             layers=np.full(rows, num_layers, np.int64),
             checkpoints=np.full(rows, -1, np.int64),
-            risk=np.full(rows, np.nan, np.float32),
-            confidence=np.full(rows, np.nan, np.float32),
+            risks=np.full((rows, num_checkpoints), np.nan, np.float32),
+            confidences=np.full((rows, num_checkpoints), np.nan, np.float32),
+            probabilities=np.full((rows, num_checkpoints), np.nan, np.float32),
             tries=np.zeros((rows, num_checkpoints), np.bool_),
         )
+
+    @property
+    def risk(self) -> FloatArray:
+        """Risk at the last checkpoint a row came to, `[rows]`; NaN if it came to none."""
+        return _last_known(self.risks)
+
+    @property
+    def confidence(self) -> FloatArray:
+        """Normalised confidence there, `[rows]`; NaN if it came to none."""
+        return _last_known(self.confidences)
+
+
+def _last_known(values: FloatArray) -> FloatArray:
+    """The last value of each row that is not NaN."""
+    found = np.full(len(values), np.nan, np.float32)
+    for column in values.T:
+        found = np.where(np.isnan(column), found, column)
+    return found
 
 
 class ExitStats:
@@ -157,31 +184,31 @@ class ExitSession:
         owner: The model whose call this is; a call of another model inside it has its own.
         mode: The mode of the call.
         cascade: Decides who leaves; None when nobody may.
-        temperatures: Softmax temperature of each checkpoint's exits.
         records: One record per generated token, in order.
         pending: Record of the last forward, until the logits processor commits it.
-        cache: The cache last found to be in step with the exit heads.
+        cache: The cache that was last looked at.
+        in_step: Whether the exit heads have K/V of every position in that cache.
+        prompt_length: Positions before the first generated token; None until it is known.
+        eos_tokens: Ids that end a row, or None.
     """
 
     owner: object
     mode: str
     cascade: CascadeController | None = None
-    temperatures: tuple[float, ...] = ()
     records: list[StepRecord] = field(default_factory=list)
     pending: StepRecord | None = None
     cache: object = None
+    in_step: bool = False
+    prompt_length: int | None = None
+    eos_tokens: Tensor | None = None
 
-    @property
-    def exits_act(self) -> bool:
-        """Whether exits may act in decode steps."""
-        return self.cascade is not None
-
-    def commit(self, rows: int, num_layers: int) -> StepRecord:
+    def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
         """Take the pending record into the list.
 
         Args:
             rows: Rows whose next token is being chosen.
             num_layers: Decoder layers of the base.
+            num_checkpoints: Checkpoints of the model.
 
         Returns:
             The record; a full-depth one if the forward left none.
@@ -189,7 +216,7 @@ class ExitSession:
         record = self.pending
         self.pending = None
         if record is None or len(record.layers) != rows:
-            record = StepRecord.full_depth(rows, num_layers, len(self.temperatures))
+            record = StepRecord.full_depth(rows, num_layers, num_checkpoints)
         self.records.append(record)
         return record
 

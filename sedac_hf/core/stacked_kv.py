@@ -57,6 +57,7 @@ class StackedKV:
         self._watch = WeightWatch([tensor for part in parts for tensor in part.tensors()])
         self.width = parts[0].k_proj.in_features
         self.dtype = parts[0].k_proj.weight.dtype
+        self.device = parts[0].k_proj.weight.device
         self._eps = _epsilon(parts[0].norm)
         self._head_dim = int(cast(Any, parts[0].attention).head_dim)
         self._heads = parts[0].k_proj.out_features // self._head_dim

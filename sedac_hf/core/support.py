@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from sedac_hf.errors import UnsupportedModelError
@@ -13,6 +14,7 @@ __all__ = [
     "check_supported",
     "find_cache_argument",
     "find_decoder",
+    "module_device",
     "module_path",
     "unwrap_adapter",
 ]
@@ -168,3 +170,20 @@ def find_cache_argument(layer: nn.Module) -> tuple[str, int]:
     raise UnsupportedModelError(
         f"{type(layer).__name__}.forward takes none of {CACHE_ARGUMENTS}; found {names}."
     )
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where a module computes, also when its weights are offloaded between calls.
+
+    Args:
+        module: A module of the base.
+
+    Returns:
+        The device that accelerate's hooks bring its weights to, else that of its parameters.
+    """
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device

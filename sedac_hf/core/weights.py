@@ -79,6 +79,6 @@ def _mark(tensor: Tensor) -> tuple[int, int, int, torch.dtype, torch.device]:
 def _sample(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.empty(0)
-    parts = [tensor.reshape(-1)[:_SAMPLE].float() for tensor in tensors]
-    device = parts[0].device
-    return torch.cat([part if part.device == device else part.to(device) for part in parts])
+    parts = [tensor.reshape(-1)[:_SAMPLE] for tensor in tensors]
+    first = parts[0]
+    return torch.cat([part.to(first.device, first.dtype) for part in parts])

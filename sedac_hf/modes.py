@@ -1,0 +1,121 @@
+"""In which mode a call runs, by which rules, and what holds inside a `with` block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import cast
+
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from sedac_hf.config import MODES, SedacConfig
+from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
+from sedac_hf.core.exit_heads import ExitHead
+from sedac_hf.core.exit_parts import Assembly, check_cascade
+from sedac_hf.core.probe_inference import ProbeManager
+from sedac_hf.core.session import ExitSession
+from sedac_hf.errors import ModeError
+
+__all__ = ["ModeControl"]
+
+logger = logging.get_logger(__name__)
+
+# Per thread of control: models whose exits are disabled, and cascades standing in for their own.
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("sedac_disabled", default=frozenset())
+_REPLACED: ContextVar[Mapping[int, CascadeConfig] | None] = ContextVar(
+    "sedac_cascade", default=None
+)
+
+
+class ModeControl:
+    """Modes, cascades and the sessions that follow from them."""
+
+    # Transformers evaluates these annotations, so their names are imported for real.
+    config: SedacConfig
+    cascade: CascadeConfig | None
+    exit_heads: nn.ModuleList
+    probes: ProbeManager
+    draft_vocabulary: Tensor | None
+    shell: BaseShell
+    _assembly: Assembly | None
+    refused_modes: dict[str, str]
+
+    @property
+    def assembly(self) -> Assembly:
+        """The parts of exits as the loop works with them."""
+        if self._assembly is None:
+            heads = cast("list[ExitHead]", list(self.exit_heads))
+            self._assembly = Assembly(self.shell, heads, self.probes, self.draft_vocabulary)
+        return self._assembly
+
+    def set_cascade(self, cascade: CascadeConfig | None) -> None:
+        """Take other rules by which tokens leave.
+
+        Args:
+            cascade: The rules; None turns exits off.
+
+        Raises:
+            ConfigError: If their checkpoints are not those of the model.
+        """
+        if cascade is not None:
+            check_cascade(cascade, self.config.checkpoint_specs())
+        self.cascade = cascade
+
+    @contextmanager
+    def cascade_replaced(self, cascade: CascadeConfig | None) -> Iterator[None]:
+        """Use other rules inside the block, in this thread only.
+
+        Args:
+            cascade: The rules; None changes nothing.
+        """
+        if cascade is not None:
+            check_cascade(cascade, self.config.checkpoint_specs())
+        replaced = {} if cascade is None else {id(self): cascade}
+        token = _REPLACED.set({**(_REPLACED.get() or {}), **replaced})
+        try:
+            yield
+        finally:
+            _REPLACED.reset(token)
+
+    @contextmanager
+    def exits_disabled(self) -> Iterator[None]:
+        """Inside the block, in this thread, the model is its base."""
+        token = _DISABLED.set(_DISABLED.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _DISABLED.reset(token)
+
+    def _mode(self, asked: str | None) -> str:
+        """The mode that a call runs in."""
+        if id(self) in _DISABLED.get():
+            return "off"
+        mode = self.config.mode if asked is None else asked
+        if mode not in MODES:
+            raise ModeError(f"sedac_mode must be one of {MODES}, found {mode!r}.")
+        if mode in self.refused_modes:
+            raise ModeError(f"Mode {mode!r} is refused: {self.refused_modes[mode]}")
+        if mode == "certified" and self._cascade() is None:
+            logger.warning_once(
+                "This model has no certified exits, so it runs as its base. Fit exits with "
+                "sedac_hf.fit, or ask for sedac_mode='off' to silence this."
+            )
+            return "off"
+        return mode
+
+    def _cascade(self) -> CascadeConfig | None:
+        if not len(self.exit_heads):
+            return None
+        return (_REPLACED.get() or {}).get(id(self), self.cascade)
+
+    def _session(self, mode: str, prepare: bool = True) -> ExitSession:
+        if prepare:
+            self.assembly.prepare()
+        controller: CascadeController | None = None
+        cascade = self._cascade()
+        if mode == "certified" and cascade is not None:
+            controller = self.assembly.controller(cascade)
+        return ExitSession(owner=self, mode=mode, cascade=controller)

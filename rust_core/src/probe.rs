@@ -6,8 +6,9 @@ use crate::error::{CoreError, Result, check_length};
 use crate::hidden::HiddenRows;
 use crate::project::{Kernel, LANES, Lanes, Panels, TILE_ROWS};
 
-/// Multiply-adds from which threads pay: about 40 microseconds on one core.
-const PARALLEL_WORK: usize = 1 << 21;
+/// Multiply-adds from which threads pay, some 200 microseconds on one core: below, a worker that
+/// has to be woken on a busy machine costs more than it saves.
+const PARALLEL_WORK: usize = 1 << 23;
 /// Rows per task, a multiple of the tile.
 const TASK_ROWS: usize = 4 * TILE_ROWS;
 /// Above this, softplus is the identity in f32, and its exponential would overflow later on.

@@ -92,7 +92,7 @@ fn equals_the_definition_at_any_shape_and_kernel() {
 
 #[test]
 fn a_row_has_the_same_bits_in_any_company() {
-    let (width, rank, count) = (72, 40, 1500);
+    let (width, rank, count) = (72, 40, 2500);
     let arrays = Arrays::new(width, rank);
     let probe = Probe::new(&arrays.weights(), width).unwrap();
     assert!(probe.work(count) > PARALLEL_WORK, "the batch must reach the threads");

@@ -170,7 +170,7 @@ class CascadeController:
 
 def _in_place(hidden: Tensor) -> tuple[npt.NDArray[Any], str]:
     """A tensor's memory as an array that the core reads, and what it holds."""
-    if hidden.device.type != "cpu":
+    if not hidden.is_cpu:
         raise ConfigError(
             f"states must be on the CPU, found {hidden.device}: compute the risks there and use "
             "step_risk."
@@ -180,7 +180,7 @@ def _in_place(hidden: Tensor) -> tuple[npt.NDArray[Any], str]:
     dtype = _DTYPES.get(hidden.dtype)
     if dtype is None:
         return hidden.float().numpy(), "f32"
-    if hidden.dim() == 2 and hidden.stride(1) != 1:
+    if not hidden.is_contiguous() and hidden.dim() == 2 and hidden.stride(1) != 1:
         hidden = hidden.contiguous()
     # NumPy has no bfloat16; its bits travel as integers.
     return (hidden.view(torch.uint16) if dtype == "bf16" else hidden).numpy(), dtype

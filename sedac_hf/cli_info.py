@@ -1,0 +1,92 @@
+"""What `sedac info` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sedac_hf.artefact_format import WEIGHTS_FILE, read_artefact
+from sedac_hf.base_resolution import HubOptions, fetch_artefact, find_base
+from sedac_hf.calibration.certificate import Certificate
+from sedac_hf.cli_load import pick_device, pick_dtype, read_model_config
+from sedac_hf.cli_support import BUNDLED, REPOSITORY
+from sedac_hf.errors import BaseNotFoundError
+from sedac_hf.evaluation.environment import machine, software_versions
+
+__all__ = ["artefact_info", "environment_info"]
+
+
+def environment_info() -> dict[str, Any]:
+    """Versions, device, and whether the reference model and its artefact are in place."""
+    device = pick_device("auto")
+    dtype, reason = pick_dtype("auto", device, [])
+    model = REPOSITORY / ".models" / "smollm2-135m-instruct"
+    return {
+        "versions": software_versions(),
+        "machine": machine(),
+        "device": str(device),
+        "dtype": f"{dtype} ({reason})",
+        "reference_model": str(model) if (model / "config.json").is_file() else None,
+        "bundled_artefact": str(BUNDLED) if (BUNDLED / WEIGHTS_FILE).is_file() else None,
+    }
+
+
+def artefact_info(name: str) -> dict[str, Any]:
+    """What an artefact holds; of a plain base, what it is.
+
+    Args:
+        name: Folder or Hub name.
+
+    Returns:
+        Base, checkpoints, sizes and certificate as plain JSON values.
+
+    Raises:
+        UsageError: If there is nothing under that name.
+        ArtefactError: If the artefact is damaged.
+    """
+    config = read_model_config(name)
+    if config.get("model_type") != "sedac":
+        return {
+            "model": name,
+            "kind": "plain base, without exits",
+            "model_type": config.get("model_type"),
+            "layers": config.get("num_hidden_layers"),
+            "dtype": config.get("dtype") or config.get("torch_dtype"),
+            "next": f"sedac fit {name} -o OUT",
+        }
+    folder = fetch_artefact(name, HubOptions())
+    files = read_artefact(folder, source=name)
+    values = files.config
+    certificate = Certificate.from_dict(files.certificate) if files.certificate else None
+    return {
+        "model": name,
+        "kind": "artefact",
+        "base": values.get("base_model_name_or_path"),
+        "base_revision": values.get("base_model_revision"),
+        "base_found": _base_place(values, folder),
+        "mode": values.get("mode"),
+        "checkpoints": [
+            {k: v for k, v in point.items() if v or k == "layer_idx"}
+            for point in values.get("checkpoints") or []
+        ],
+        "parameters": sum(t.numel() for t in files.tensors.values() if _is_weight(t)),
+        "megabytes": round((folder / WEIGHTS_FILE).stat().st_size / 1e6, 2),
+        "certified_dtypes": values.get("certified_dtypes"),
+        "certificate": certificate.statement() if certificate else None,
+    }
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point()
+
+
+def _base_place(values: dict[str, Any], folder: Path) -> str | None:
+    name = values.get("base_model_name_or_path")
+    if not name:
+        return None
+    try:
+        return find_base(name, values.get("base_model_revision"), folder)
+    except BaseNotFoundError:
+        return None

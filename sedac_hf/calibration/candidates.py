@@ -23,8 +23,8 @@ Float32Array = npt.NDArray[np.float32]
 _EXIT_CONFIDENCE = 0.5
 _DECAYS = (0.0, 0.5, 0.9)
 _WEIGHTS = (0.5, 1.0, 2.0)
-# A checkpoint that never tries: no confidence reaches 2. Its small weight leaves the confidence that
-# is handed on as it was.
+# A checkpoint that never tries: no confidence reaches 2. Its small weight leaves the confidence
+# that is handed on as it was.
 _CLOSED_CONFIDENCE = 2.0
 _CLOSED_WEIGHT = 1e-3
 _RISK_GRID = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.session import ExitStats
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.intervals import bootstrap_median
 
@@ -40,11 +43,13 @@ class SpeedResult:
     """Times of one benchmark.
 
     Attributes:
-        mode: Mode that was compared, `"certified"` or `"exact"`.
+        mode: Mode that was compared.
         tokens_per_second: Median over prompts and rounds, by arm: `"generate"` (the base's own
-            call), `"plain"` (our loop without exits) and the mode. The prompt's pass is included.
+            call), `"plain"` (our loop without exits) and `"sedac"` (the mode). The prompt's pass is
+            included.
         ratios: Speed of the mode against `"generate"` and against `"plain"`.
         seconds: Every time measured, by arm, `[rounds][prompts]`.
+        exits: Exit statistics of the tokens generated in the mode, as `ExitStats.to_dict` has them.
         prompt_lengths: Tokens of each prompt.
         max_new_tokens: Tokens generated for each prompt.
         rounds: Rounds after the warm-up.
@@ -55,6 +60,7 @@ class SpeedResult:
     tokens_per_second: dict[str, float]
     ratios: dict[str, Ratio]
     seconds: dict[str, list[list[float]]]
+    exits: dict[str, Any]
     prompt_lengths: list[int]
     max_new_tokens: int
     rounds: int
@@ -70,7 +76,7 @@ def benchmark(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    mode: str = "certified",
+    mode: str | None = None,
     max_new_tokens: int = 64,
     rounds: int = 5,
     max_prompts: int = 8,
@@ -81,13 +87,14 @@ def benchmark(
     Every arm writes exactly `max_new_tokens` tokens, so that an early end of text cannot look like
     speed. Within a round the arms take turns on each prompt and the order changes, so that a
     machine that slows down slows all of them. A ratio is of two times of the same prompt and round.
+    The model's own `exit_stats` are left alone.
 
     Args:
         model: The wrapped model.
         prompts: Token ids, or texts together with a tokenizer; evenly spaced ones are used when
             there are more than `max_prompts`.
         tokenizer: Turns texts into token ids.
-        mode: Mode to compare with the base and with the plain loop.
+        mode: Mode to compare with the base and with the plain loop; None for the model's own.
         max_new_tokens: Tokens to generate for each prompt.
         rounds: Rounds after one warm-up round.
         max_prompts: Most prompts to use.
@@ -98,21 +105,26 @@ def benchmark(
 
     Raises:
         CalibrationError: If there is no prompt, or texts come without a tokenizer.
+        ModeError: If the mode is unknown or refused for this model.
     """
     if rounds < 1 or max_new_tokens < 1 or max_prompts < 1:
         raise CalibrationError(
             "rounds, max_new_tokens and max_prompts must be at least 1, found "
             f"{rounds}, {max_new_tokens} and {max_prompts}."
         )
+    mode = mode or model.config.mode
     inputs = [ids.to(model.device) for ids in _encoded(prompts, tokenizer, max_prompts)]
     arms = _arms(model, mode, max_new_tokens)
     names = list(arms)
+    stats = ExitStats(model.exit_stats.depth, list(model.exit_stats.exits_by_layer))
     seconds = {name: np.empty((rounds, len(inputs))) for name in names}
     for turn in range(-1, rounds):  # round -1 warms up and is not kept
         for at, ids in enumerate(inputs):
             shift = (turn + at) % len(names)
             for name in names[shift:] + names[:shift]:
-                spent = _timed(arms[name], ids)
+                counted = stats if name == "sedac" and turn >= 0 else None
+                with _counting(model, counted):
+                    spent = _timed(arms[name], ids)
                 if turn >= 0:
                     seconds[name][turn, at] = spent
     return SpeedResult(
@@ -121,9 +133,10 @@ def benchmark(
             name: float(np.median(max_new_tokens / times)) for name, times in seconds.items()
         },
         ratios={
-            name: _ratio(seconds[name] / seconds[mode], seed) for name in names if name != mode
+            name: _ratio(seconds[name] / seconds["sedac"], seed) for name in ("generate", "plain")
         },
         seconds={name: times.tolist() for name, times in seconds.items()},
+        exits=stats.to_dict(),
         prompt_lengths=[int(ids.shape[1]) for ids in inputs],
         max_new_tokens=max_new_tokens,
         rounds=rounds,
@@ -134,14 +147,19 @@ def benchmark(
 def _arms(
     model: SedacForCausalLM, mode: str, max_new_tokens: int
 ) -> dict[str, Callable[[Tensor], Any]]:
-    # Forbidding the end of text by length keeps the number of tokens the same in every arm.
     settings: dict[str, Any] = {
         "do_sample": False,
         "num_beams": 1,
+        # Settings of sampling that a chat model brings along; greedy search warns about them.
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": max_new_tokens,
+        "return_dict_in_generate": False,
     }
-    if model.generation_config.pad_token_id is None:
+    generation_config = model.base_lm.generation_config
+    if generation_config is None or generation_config.pad_token_id is None:
         settings["pad_token_id"] = 0
 
     def run(generate: Callable[..., Any], **extra: Any) -> Callable[[Tensor], Any]:
@@ -150,23 +168,36 @@ def _arms(
         )
 
     return {
-        "generate": run(model.base.generate),
+        "generate": run(model.base_lm.generate),
         "plain": run(model.generate, sedac_mode="plain"),
-        mode: run(model.generate, sedac_mode=mode),
+        "sedac": run(model.generate, sedac_mode=mode),
     }
 
 
+@contextmanager
+def _counting(model: SedacForCausalLM, stats: ExitStats | None) -> Iterator[None]:
+    """Let a call count into other statistics than the model's own, or into none that are kept."""
+    own = model.exit_stats
+    model.exit_stats = stats or ExitStats(own.depth, list(own.exits_by_layer))
+    try:
+        yield
+    finally:
+        model.exit_stats = own
+
+
 def _timed(call: Callable[[Tensor], Any], ids: Tensor) -> float:
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)
+    """Seconds of one call, work queued on an accelerator included."""
+    queued = ids.device.type != "cpu"
+    if queued:
+        torch.accelerator.synchronize(ids.device)
     start = time.perf_counter()
     call(ids)
-    if ids.device.type == "cuda":
-        torch.cuda.synchronize(ids.device)
+    if queued:
+        torch.accelerator.synchronize(ids.device)
     return time.perf_counter() - start
 
 
-def _ratio(values: np.ndarray[Any, np.dtype[np.float64]], seed: int) -> Ratio:
+def _ratio(values: npt.NDArray[np.float64], seed: int) -> Ratio:
     flat = values.ravel()
     return Ratio(float(np.median(flat)), bootstrap_median(flat, seed=seed))
 

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_hf.calibration.documents import Document, encode_texts
-from sedac_hf.errors import CalibrationError
+from sedac_hf.config import MODES
+from sedac_hf.errors import CalibrationError, ModeError
 from sedac_hf.evaluation.benchmark import benchmark
 from sedac_hf.evaluation.intervals import bootstrap_ratio
 from sedac_hf.evaluation.report import build_report, save_report
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["PerplexityResult", "evaluate", "paired_perplexity"]
+__all__ = ["PerplexityResult", "as_documents", "evaluate", "paired_perplexity"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,7 @@ def paired_perplexity(
     documents: Sequence[Document],
     *,
     cascade: CascadeConfig | None = None,
+    exits: bool = True,
     batch_tokens: int | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -89,6 +91,7 @@ def paired_perplexity(
         model: The wrapped model.
         documents: Documents to score.
         cascade: Thresholds to use in place of the model's own.
+        exits: Whether exits are final; without them (or without thresholds) both are the base.
         batch_tokens: Most tokens of one forward; None picks it from the vocabulary.
         resamples: Bootstrap resamples over documents.
         seed: Seed of the bootstrap.
@@ -100,7 +103,11 @@ def paired_perplexity(
         CalibrationError: If no document has a token that the base can score.
     """
     full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
-    exited = score_documents(model, documents, cascade, exits="simulate", batch_tokens=batch_tokens)
+    exited = full
+    if exits and (cascade is not None or model.cascade is not None):
+        exited = score_documents(
+            model, documents, cascade, exits="simulate", batch_tokens=batch_tokens
+        )
     usable = np.flatnonzero((full.tokens > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(
@@ -151,6 +158,7 @@ def evaluate(
     documents: Sequence[Document] | Sequence[str],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    mode: str | None = None,
     speed: bool = True,
     max_new_tokens: int = 64,
     rounds: int = 5,
@@ -168,6 +176,8 @@ def evaluate(
         model: The wrapped model.
         documents: Documents, or plain texts together with a tokenizer.
         tokenizer: Turns texts into documents.
+        mode: Mode to measure; None for the model's own. Exits are final in certified mode only, so
+            in the others the perplexity is that of the base.
         speed: Also measure speed.
         max_new_tokens: Tokens generated for each prompt when speed is measured.
         rounds: Rounds of the speed measurement.
@@ -182,22 +192,44 @@ def evaluate(
 
     Raises:
         CalibrationError: If there is nothing to score, or texts come without a tokenizer.
+        ModeError: If the mode is unknown or refused for this model.
     """
-    chosen = _as_documents(documents, tokenizer)
-    quality = paired_perplexity(model, chosen, batch_tokens=batch_tokens, seed=seed)
+    mode = mode or model.config.mode
+    if mode not in MODES:
+        raise ModeError(f"mode must be one of {MODES}, found {mode!r}.")
+    if mode in model.refused_modes:
+        raise ModeError(f"Mode {mode!r} is refused: {model.refused_modes[mode]}")
+    chosen = as_documents(documents, tokenizer)
+    quality = paired_perplexity(
+        model, chosen, exits=mode == "certified", batch_tokens=batch_tokens, seed=seed
+    )
     timing = None
     if speed:
         prompts = [d.ids[: max(1, d.prompt_length)].tolist() for d in chosen]
-        timing = benchmark(model, prompts, max_new_tokens=max_new_tokens, rounds=rounds, seed=seed)
-    report = build_report(model, quality, timing)
+        timing = benchmark(
+            model, prompts, mode=mode, max_new_tokens=max_new_tokens, rounds=rounds, seed=seed
+        )
+    report = build_report(model, mode, quality, timing)
     if output is not None:
         save_report(report, output)
     return report
 
 
-def _as_documents(
+def as_documents(
     documents: Sequence[Document] | Sequence[str], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Document]:
+    """Documents as they are, plain texts encoded; texts of a single token are dropped.
+
+    Args:
+        documents: Documents, or plain texts.
+        tokenizer: Turns texts into documents.
+
+    Returns:
+        The documents.
+
+    Raises:
+        CalibrationError: If nothing is left, or texts come without a tokenizer.
+    """
     texts = [d for d in documents if isinstance(d, str)]
     ready = [d for d in documents if isinstance(d, Document)]
     if texts and tokenizer is None:

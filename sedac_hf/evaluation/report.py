@@ -25,12 +25,13 @@ REPORT_VERSION = 1
 
 
 def build_report(
-    model: SedacForCausalLM, quality: PerplexityResult, speed: SpeedResult | None
+    model: SedacForCausalLM, mode: str, quality: PerplexityResult, speed: SpeedResult | None
 ) -> dict[str, Any]:
     """Put quality, speed, certificate and conditions together.
 
     Args:
         model: The model that was measured.
+        mode: Mode it was measured in.
         quality: Perplexities and exits.
         speed: Speed ratios; None when speed was not measured.
 
@@ -39,17 +40,22 @@ def build_report(
         `speed_vs_generate`, `speed_vs_plain` and `speed` are None.
     """
     report = asdict(quality)
-    certificate = model.certificate
+    draft = model.draft_vocabulary
     costs = CostModel.from_base(
-        model.base, model.config.checkpoint_specs(), probe_rank=model.config.probe_rank
+        model.base_lm,
+        model.config.checkpoint_specs(),
+        probe_rank=model.config.probe_rank,
+        draft_vocabulary=0 if draft is None else len(draft),
     )
     report |= {
         "report_version": REPORT_VERSION,
+        "mode": mode,
         "speed_vs_generate": speed.ratios["generate"].median if speed else None,
         "speed_vs_plain": speed.ratios["plain"].median if speed else None,
         "head_share": costs.head,
+        "costs": costs.to_dict(),
         "speed": speed.to_dict() if speed else None,
-        "certificate": certificate.to_dict() if certificate else None,
+        "certificate": model.certificate,
         "config": _settings(model),
         "versions": software_versions(),
         "machine": machine(),
@@ -109,12 +115,16 @@ def _settings(model: SedacForCausalLM) -> dict[str, Any]:
         "base_revision": config.base_model_revision,
         "fingerprint": config.fingerprint,
         "checkpoints": [spec.to_dict() for spec in config.checkpoint_specs()],
-        "mode": config.mode,
+        "thresholds": _thresholds(model),
         "strategy": config.strategy,
         "kv_mode": config.kv_mode,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
     }
+
+
+def _thresholds(model: SedacForCausalLM) -> list[dict[str, Any]]:
+    return [asdict(layer) for layer in model.cascade.layers] if model.cascade else []
 
 
 def _plain(value: Any) -> Any:

@@ -136,7 +136,7 @@ def test_files_that_are_no_certificate_are_named(tmp_path):
 def test_uses_that_were_not_tested_are_refused():
     passed = certificate(0.01, 0.3)
     passed.check_covers(dtype="bfloat16", kv_mode="propagate", cascade=policy(0.1).cascade)
-    with pytest.raises(CertificateError, match="data type 'bfloat16'.*'float32'"):
+    with pytest.raises(CertificateError, match=r"data type 'bfloat16'.*'float32'"):
         passed.check_covers(dtype="float32", kv_mode="propagate")
     with pytest.raises(CertificateError, match="K/V mode"):
         passed.check_covers(dtype="bfloat16", kv_mode="settle")

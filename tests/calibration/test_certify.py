@@ -149,11 +149,10 @@ def test_splits_that_overlap_are_refused():
         certify(FakeModel(), some, [policy(0.1)], other_splits={"training": some[:3]})
     with pytest.raises(CalibrationError, match="certification"):
         certify(FakeModel(), some, [policy(0.1)], held_out=some[:3])
+    train = documents(5, seed=5)
+    splits = {"held_out": train[:1], "other_splits": {"training": train}}
     with pytest.raises(CalibrationError, match="held_out"):
-        train = documents(5, seed=5)
-        certify(
-            FakeModel(), some, [policy(0.1)], held_out=train[:1], other_splits={"training": train}
-        )
+        certify(FakeModel(), some, [policy(0.1)], **splits)
 
 
 def test_nothing_testable_is_refused():

@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
 
 from sedac_hf import _core
 from sedac_hf.calibration.candidates import perturbed, random_policies, structured
@@ -17,6 +16,7 @@ from sedac_hf.calibration.policy_search import (
     reorder,
     search,
 )
+from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
 from sedac_hf.errors import CalibrationError
 from tests.calibration import oracle
 from tests.calibration.synthetic import cost_model, drawn, population

@@ -30,6 +30,7 @@ class FakeModel:
         generator = torch.Generator().manual_seed(0)
         self.table = torch.randn(VOCABULARY, VOCABULARY, generator=generator)
         self.threshold = threshold
+        self.cascade = policy(threshold).cascade
         self.dtype = torch.float32
         self.device = torch.device("cpu")
         self.poison: dict[str, int] = {}

@@ -342,4 +342,5 @@ def top_probability(parts: ExitParts, exit_states: Tensor) -> npt.NDArray[np.flo
         part = exit_states[:, at : at + chunk]
         logits = parts.shell.logits(part, vocabulary=vocabulary).float()
         found.append((logits.amax(-1) - logits.logsumexp(-1)).exp())
-    return np.asarray(torch.cat(found, dim=1).cpu(), np.float32)
+    # Decisions carry no gradient.
+    return np.asarray(torch.cat(found, dim=1).detach().cpu(), np.float32)

@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
-_TEXTS_UNTIL, _HEADS_UNTIL = 0.35, 0.80
+_TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.62
+# True forwards over documents are what the last stages cost: few policies, few search documents.
+_RUNGS, _SEARCH_DOCUMENTS = 4, 48
 _MIN_DOCUMENTS = 40
 
 
@@ -251,6 +253,7 @@ class FitRun:
             heads=heads,
             probes=fitted.probes,
             draft_vocabulary=self.draft,
+            mode="certified",
             probe_target=fitted.target,
             probe_rank=self.settings.probe_rank,
         )
@@ -260,7 +263,7 @@ class FitRun:
             self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
         )
         self.policies = choose_policies(
-            model, traces, splits.of(splits.search), costs,
+            model, traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs, rungs=_RUNGS,
             epsilon=self.settings.epsilon, seed=self.settings.seed,
         )  # fmt: skip
         self._stage("search")

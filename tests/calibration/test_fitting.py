@@ -1,0 +1,150 @@
+"""`fit` from end to end on the micro model, whose exits really work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sedac_hf.calibration.fit_stages import FitReport, FitSettings, default_checkpoints
+from sedac_hf.calibration.fitting import fit
+from sedac_hf.config import CheckpointSpec
+from sedac_hf.errors import CalibrationError
+from sedac_hf.modeling import SedacForCausalLM
+from tests.micro_model import MicroModel
+
+SETTINGS = FitSettings(
+    checkpoints=(CheckpointSpec(1), CheckpointSpec(3)),
+    budget_seconds=60.0,
+    draft_words=48,
+    probe_rank=8,
+    epochs=6.0,
+    learning_rate=3e-3,
+    epsilon=0.02,
+)
+
+
+def micro_texts(micro: MicroModel, count: int) -> list[str]:
+    """Texts in the micro model's language that it was not trained on."""
+    documents = micro.language.documents(count, seed=77)
+    return [micro.language.text(document) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def fitted(
+    micro_model: MicroModel, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, SedacForCausalLM, FitReport]:
+    """An artefact fitted on texts of the micro language."""
+    output = tmp_path_factory.mktemp("fit") / "artefact"
+    model, report = fit(
+        micro_model.model,
+        micro_texts(micro_model, 450),
+        tokenizer=micro_model.tokenizer,
+        output_dir=output,
+        settings=SETTINGS,
+        progress=False,
+    )
+    return output, model, report
+
+
+def test_heads_learn_and_gates_tell_easy_from_hard(
+    fitted: tuple[Path, SedacForCausalLM, FitReport],
+) -> None:
+    _, _, report = fitted
+    assert [head.layer_idx for head in report.heads] == [1, 3]
+    # Free words have one sure winner in no distribution: agreement is bounded by the language.
+    assert report.heads[-1].agreement > 0.6
+    assert report.heads[-1].agreement >= report.heads[0].agreement - 0.05
+    assert {gate.gate for gate in report.gates} == {"entropy", "divergence", "probability"}
+    best = max(gate.auroc for gate in report.gates)
+    assert best > 0.75
+
+
+def test_the_certificate_lets_tokens_leave(
+    fitted: tuple[Path, SedacForCausalLM, FitReport], micro_model: MicroModel
+) -> None:
+    _, model, report = fitted
+    assert report.certificate is not None
+    assert model.cascade is not None
+    ids = torch.tensor(
+        [document.ids[:20] for document in micro_model.language.documents(8, seed=5)]
+    )
+    model.exit_stats.reset()
+    model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert model.exit_stats.exit_share > 0.05
+
+
+def test_a_saved_artefact_makes_the_same_exits(
+    fitted: tuple[Path, SedacForCausalLM, FitReport], micro_model: MicroModel
+) -> None:
+    output, model, _ = fitted
+    again = SedacForCausalLM.from_pretrained(output, base_model=micro_model.model)
+    ids = torch.tensor(
+        [document.ids[:20] for document in micro_model.language.documents(4, seed=6)]
+    )
+    runs = [
+        m.generate(
+            ids, max_new_tokens=16, do_sample=False, return_dict_in_generate=True, pad_token_id=0
+        )
+        for m in (model, again)
+    ]
+    assert torch.equal(runs[0].sequences, runs[1].sequences)
+    assert torch.equal(runs[0].exit_layers, runs[1].exit_layers)
+    assert (runs[0].exit_layers < 6).any()
+
+
+def test_an_interrupted_fit_goes_on_and_ends_the_same(
+    fitted: tuple[Path, SedacForCausalLM, FitReport],
+    micro_model: MicroModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output, model, _ = fitted
+
+    def forbidden(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a finished head was trained again")
+
+    monkeypatch.setattr("sedac_hf.calibration.fit_stages.train_head", forbidden)
+    again, _ = fit(
+        micro_model.model,
+        micro_texts(micro_model, 450),
+        tokenizer=micro_model.tokenizer,
+        output_dir=output,
+        settings=SETTINGS,
+        progress=False,
+    )
+    assert again.cascade == model.cascade
+
+
+def test_another_run_does_not_take_over_a_working_folder(
+    fitted: tuple[Path, SedacForCausalLM, FitReport], micro_model: MicroModel
+) -> None:
+    output, _, _ = fitted
+    with pytest.raises(CalibrationError, match="seed"):
+        fit(
+            micro_model.model,
+            micro_texts(micro_model, 450),
+            tokenizer=micro_model.tokenizer,
+            output_dir=output,
+            settings=FitSettings(**{**SETTINGS.__dict__, "seed": 1}),
+            progress=False,
+        )
+
+
+def test_too_few_texts_are_refused(micro_model: MicroModel, tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="at least 40"):
+        fit(
+            micro_model.model,
+            micro_texts(micro_model, 5),
+            tokenizer=micro_model.tokenizer,
+            output_dir=tmp_path / "artefact",
+            settings=SETTINGS,
+            progress=False,
+        )
+
+
+def test_default_checkpoints_lie_in_the_upper_half_and_leave_something_to_skip() -> None:
+    assert [spec.layer_idx for spec in default_checkpoints(30)] == [11, 15, 20]
+    assert [spec.layer_idx for spec in default_checkpoints(2)] == [0]
+    with pytest.raises(CalibrationError, match="nothing to skip"):
+        default_checkpoints(1)

@@ -1,0 +1,121 @@
+"""States on disk are those of the base, whatever the batch; recording goes on where it stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.states import BaseStates
+from sedac_hf.core.base_shell import BaseShell
+
+
+def some_documents(vocabulary: int) -> list[Document]:
+    """Documents of different lengths."""
+    rng = np.random.default_rng(1)
+    return [Document(rng.integers(1, vocabulary, size=n), 2) for n in (9, 4, 13, 6, 13)]
+
+
+def open_states(model: PreTrainedModel, folder: Path) -> BaseStates:
+    """States of the embedding and of layer 0."""
+    config = model.config.get_text_config()
+    return BaseStates(folder, some_documents(config.vocab_size), [-1, 0], config.hidden_size)
+
+
+def test_what_is_read_back_is_what_the_base_says(tiny: PreTrainedModel, tmp_path: Path) -> None:
+    states = open_states(tiny, tmp_path)
+    states.record(BaseShell(tiny), batch_tokens=27, progress=False)
+    for i, document in enumerate(states.documents):
+        with torch.no_grad():
+            out = tiny(torch.from_numpy(document.ids)[None])
+        p = out.logits[0].float().softmax(-1)
+        batch = states.batch([i], 0)
+        kept = min(24, p.shape[-1])
+        top = batch.top_probabilities[0, :, :kept]
+        torch.testing.assert_close(top, p.topk(kept).values, rtol=2e-2, atol=2e-3)
+        torch.testing.assert_close(
+            p.gather(-1, batch.top_ids[0, :, :kept]), top, rtol=2e-2, atol=2e-3
+        )
+        entropy = torch.special.entr(p).sum(-1)
+        torch.testing.assert_close(batch.entropy[0], entropy, rtol=1e-3, atol=1e-3)
+
+
+def test_states_of_a_llama_are_its_hidden_states(llama: PreTrainedModel, tmp_path: Path) -> None:
+    states = open_states(llama, tmp_path)
+    states.record(BaseShell(llama), progress=False)
+    for i, document in enumerate(states.documents):
+        with torch.no_grad():
+            hidden = llama(torch.from_numpy(document.ids)[None], output_hidden_states=True)
+        for layer, place in ((-1, 0), (0, 1)):
+            expected = hidden.hidden_states[place][0]
+            torch.testing.assert_close(
+                states.batch([i], layer).states[0], expected, rtol=1e-2, atol=1e-3
+            )
+
+
+def test_batches_are_padded_on_the_right(llama: PreTrainedModel, tmp_path: Path) -> None:
+    states = open_states(llama, tmp_path)
+    states.record(BaseShell(llama), progress=False)
+    batch = states.batch([1, 2], 0)
+    assert batch.ids.shape == (2, 13)
+    assert batch.mask.sum(-1).tolist() == [4, 13]
+    assert not batch.states[0, 4:].any()
+    assert torch.equal(batch.states[1], states.batch([2], 0).states[0])
+
+
+def test_shares_of_two_processes_make_the_whole(llama: PreTrainedModel, tmp_path: Path) -> None:
+    shell = BaseShell(llama)
+    whole, shared = open_states(llama, tmp_path / "a"), open_states(llama, tmp_path / "b")
+    whole.record(shell, progress=False)
+    for rank in range(2):
+        open_states(llama, tmp_path / "b").record(shell, part=(rank, 2), progress=False)
+    for i in range(5):
+        torch.testing.assert_close(shared.batch([i], 0).final, whole.batch([i], 0).final)
+
+
+def test_recording_goes_on_where_it_stopped(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, first = BaseShell(llama), open_states(llama, tmp_path)
+    recorded: list[int] = []
+    record_rows = BaseStates._record_rows
+
+    def stop_after_two(self: BaseStates, shell: BaseShell, rows: list[int]) -> None:
+        if len(recorded) == 2:
+            raise KeyboardInterrupt
+        recorded.extend(rows)
+        record_rows(self, shell, rows)
+
+    monkeypatch.setattr(BaseStates, "_record_rows", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        first.record(shell, batch_tokens=13, progress=False)
+    monkeypatch.setattr(
+        BaseStates,
+        "_record_rows",
+        lambda self, shell, rows: (recorded.extend(rows), record_rows(self, shell, rows)),
+    )
+    again = open_states(llama, tmp_path)
+    again.record(shell, batch_tokens=13, progress=False)
+    assert sorted(recorded) == [0, 1, 2, 3, 4]
+    assert again.batch([1], 0).final.any()
+
+
+def test_other_documents_start_anew(llama: PreTrainedModel, tmp_path: Path) -> None:
+    open_states(llama, tmp_path).record(BaseShell(llama), progress=False)
+    width = llama.config.hidden_size
+    fresh = BaseStates(tmp_path, [Document(np.array([1, 2, 3]))], [0], width)
+    assert not fresh.batch([0], 0).final.any()
+
+
+def test_token_mass_adds_up_to_the_tokens(llama: PreTrainedModel, tmp_path: Path) -> None:
+    states = open_states(llama, tmp_path)
+    states.record(BaseShell(llama), progress=False)
+    mass = states.token_mass([0, 1], llama.config.vocab_size)
+    kept = (
+        states.batch([0], 0).top_probabilities.sum() + states.batch([1], 0).top_probabilities.sum()
+    )
+    assert mass.sum() == pytest.approx(float(kept), rel=1e-3)

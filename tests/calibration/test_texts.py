@@ -1,0 +1,100 @@
+"""Self-written texts: chat and plain, seeded, resumed, checked for collapse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.texts import ChatTemplate, is_looping, write_texts
+from sedac_hf.errors import CalibrationError
+from tests.micro_model import MicroModel
+
+CHAT = (
+    "{% for m in messages %}<bos> {{ m['content'] }} <eos> {% endfor %}"
+    "{% if add_generation_prompt %}roll {% endif %}"
+)
+
+
+def write(micro: MicroModel, path: Path, tokens: int, seed: int = 0) -> list[Document]:
+    """A short draw from the micro model."""
+    return write_texts(
+        micro.model, micro.tokenizer, path,
+        tokens=tokens, seed=seed, rows=4, max_turn=6, max_answer=24, progress=False,
+    )  # fmt: skip
+
+
+def test_a_base_model_starts_from_its_first_token(micro_model: MicroModel, tmp_path: Path) -> None:
+    documents = write(micro_model, tmp_path / "a.jsonl", 150)
+    assert sum(map(len, documents)) >= 150
+    first = micro_model.tokenizer.bos_token_id
+    assert all(d.ids[0] == first and d.prompt_length >= 1 for d in documents)
+
+
+def test_the_draw_is_seeded_and_goes_on_where_it_stopped(
+    micro_model: MicroModel, tmp_path: Path
+) -> None:
+    state = torch.get_rng_state()
+    whole = write(micro_model, tmp_path / "whole.jsonl", 300)
+    assert torch.equal(state, torch.get_rng_state())
+    write(micro_model, tmp_path / "parts.jsonl", 100)
+    parts = write(micro_model, tmp_path / "parts.jsonl", 300)
+    assert [d.hash for d in parts] == [d.hash for d in whole]
+    other = write(micro_model, tmp_path / "other.jsonl", 300, seed=1)
+    assert {d.hash for d in other} != {d.hash for d in whole}
+    assert len({d.hash for d in whole}) == len(whole)
+
+
+def test_a_chat_model_writes_both_turns(micro_model: MicroModel, tmp_path: Path) -> None:
+    tokenizer = micro_model.language.tokenizer()
+    tokenizer.chat_template = CHAT
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    assert template is not None
+    ids = micro_model.language.ids
+    assert template.opening == [ids["<bos>"]]
+    assert template.middle == [ids["<eos>"], ids["roll"]]
+    documents = write_texts(
+        micro_model.model, tokenizer, tmp_path / "chat.jsonl",
+        tokens=100, rows=4, max_turn=6, max_answer=16, progress=False,
+    )  # fmt: skip
+    for document in documents:
+        prompt = document.ids[: document.prompt_length].tolist()
+        assert prompt[0] == ids["<bos>"]
+        assert prompt[-2:] == template.middle
+        assert len(document) - document.prompt_length >= 8
+
+
+def test_a_template_that_hides_the_user_is_refused(micro_model: MicroModel) -> None:
+    tokenizer = micro_model.language.tokenizer()
+    tokenizer.chat_template = "<bos>"
+    with pytest.raises(CalibrationError, match="does not repeat"):
+        ChatTemplate.from_tokenizer(tokenizer)
+
+
+def test_loops_are_told_from_text() -> None:
+    rng = np.random.default_rng(0)
+    assert is_looping(Document(np.tile([1, 2, 3], 40)))
+    assert not is_looping(Document(rng.integers(50, size=120)))
+    assert not is_looping(Document(np.array([1, 1, 1, 1])))
+
+
+def test_a_base_that_collapses_is_refused(micro_model: MicroModel, tmp_path: Path) -> None:
+    config = micro_model.model.config
+    constant = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in constant.parameters():
+            parameter.zero_()
+        # One word has all the probability, whatever came before.
+        constant.model.norm.weight.fill_(1.0)
+        constant.model.embed_tokens.weight[7] = 100.0
+        constant.model.embed_tokens.weight[8] = 1.0
+        constant.model.embed_tokens.weight[1] = 1.0
+    with pytest.raises(CalibrationError, match="usable"):
+        write_texts(
+            constant, micro_model.tokenizer, tmp_path / "x.jsonl",
+            tokens=5000, rows=4, max_answer=64, progress=False,
+        )  # fmt: skip

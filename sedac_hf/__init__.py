@@ -14,7 +14,7 @@ from sedac_hf.registration import register_when_used
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.fitting import fit
-    from sedac_hf.calibration.policy_search import calibrate
+    from sedac_hf.calibration.recalibration import calibrate
     from sedac_hf.config import SedacConfig
     from sedac_hf.evaluation.benchmark import benchmark
     from sedac_hf.evaluation.perplexity import evaluate
@@ -37,7 +37,7 @@ _HOMES = {
     "SedacConfig": "sedac_hf.config",
     "SedacForCausalLM": "sedac_hf.modeling",
     "benchmark": "sedac_hf.evaluation.benchmark",
-    "calibrate": "sedac_hf.calibration.policy_search",
+    "calibrate": "sedac_hf.calibration.recalibration",
     "evaluate": "sedac_hf.evaluation.perplexity",
     "fit": "sedac_hf.calibration.fitting",
 }

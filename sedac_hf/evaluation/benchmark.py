@@ -22,7 +22,15 @@ if TYPE_CHECKING:
 
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["Ratio", "SpeedResult", "benchmark"]
+__all__ = [
+    "Ratio",
+    "SpeedResult",
+    "benchmark",
+    "encode_prompts",
+    "greedy_settings",
+    "keep_stats",
+    "timed_call",
+]
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def benchmark(
             f"{rounds}, {max_new_tokens} and {max_prompts}."
         )
     mode = mode or model.config.mode
-    inputs = [ids.to(model.device) for ids in _encoded(prompts, tokenizer, max_prompts)]
+    inputs = [ids.to(model.device) for ids in encode_prompts(prompts, tokenizer, max_prompts)]
     arms = _arms(model, mode, max_new_tokens)
     names = list(arms)
     stats = ExitStats(model.exit_stats.depth, list(model.exit_stats.exits_by_layer))
@@ -123,8 +131,8 @@ def benchmark(
             shift = (turn + at) % len(names)
             for name in names[shift:] + names[:shift]:
                 counted = stats if name == "sedac" and turn >= 0 else None
-                with _counting(model, counted):
-                    spent = _timed(arms[name], ids)
+                with keep_stats(model, counted):
+                    spent = timed_call(arms[name], ids)
                 if turn >= 0:
                     seconds[name][turn, at] = spent
     return SpeedResult(
@@ -144,9 +152,16 @@ def benchmark(
     )
 
 
-def _arms(
-    model: SedacForCausalLM, mode: str, max_new_tokens: int
-) -> dict[str, Callable[[Tensor], Any]]:
+def greedy_settings(model: SedacForCausalLM, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate` for greedy text of an exact length.
+
+    Args:
+        model: The wrapped model.
+        max_new_tokens: The length.
+
+    Returns:
+        Keyword arguments.
+    """
     settings: dict[str, Any] = {
         "do_sample": False,
         "num_beams": 1,
@@ -161,6 +176,13 @@ def _arms(
     generation_config = model.base_lm.generation_config
     if generation_config is None or generation_config.pad_token_id is None:
         settings["pad_token_id"] = 0
+    return settings
+
+
+def _arms(
+    model: SedacForCausalLM, mode: str, max_new_tokens: int
+) -> dict[str, Callable[[Tensor], Any]]:
+    settings = greedy_settings(model, max_new_tokens)
 
     def run(generate: Callable[..., Any], **extra: Any) -> Callable[[Tensor], Any]:
         return lambda ids: generate(
@@ -175,8 +197,13 @@ def _arms(
 
 
 @contextmanager
-def _counting(model: SedacForCausalLM, stats: ExitStats | None) -> Iterator[None]:
-    """Let a call count into other statistics than the model's own, or into none that are kept."""
+def keep_stats(model: SedacForCausalLM, stats: ExitStats | None = None) -> Iterator[None]:
+    """Let calls count into other statistics than the model's own.
+
+    Args:
+        model: The wrapped model.
+        stats: Where to count; None keeps nothing.
+    """
     own = model.exit_stats
     model.exit_stats = stats or ExitStats(own.depth, list(own.exits_by_layer))
     try:
@@ -185,8 +212,16 @@ def _counting(model: SedacForCausalLM, stats: ExitStats | None) -> Iterator[None
         model.exit_stats = own
 
 
-def _timed(call: Callable[[Tensor], Any], ids: Tensor) -> float:
-    """Seconds of one call, work queued on an accelerator included."""
+def timed_call(call: Callable[[Tensor], Any], ids: Tensor) -> float:
+    """Seconds of one call, work queued on an accelerator included.
+
+    Args:
+        call: What to time.
+        ids: Its argument, on the device that is worked on.
+
+    Returns:
+        Seconds of wall-clock time.
+    """
     queued = ids.device.type != "cpu"
     if queued:
         torch.accelerator.synchronize(ids.device)
@@ -202,11 +237,24 @@ def _ratio(values: npt.NDArray[np.float64], seed: int) -> Ratio:
     return Ratio(float(np.median(flat)), bootstrap_median(flat, seed=seed))
 
 
-def _encoded(
+def encode_prompts(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     tokenizer: PreTrainedTokenizerBase | None,
     most: int,
 ) -> list[Tensor]:
+    """Prompts as rows of token ids, evenly spaced ones when there are too many.
+
+    Args:
+        prompts: Token ids or texts.
+        tokenizer: Turns texts into token ids.
+        most: Most prompts to use.
+
+    Returns:
+        Token ids, `[1, length]` each.
+
+    Raises:
+        CalibrationError: If there is no prompt, one is empty, or texts come without a tokenizer.
+    """
     if not prompts:
         raise CalibrationError("there are no prompts to time; pass at least one.")
     picks = np.unique(np.linspace(0, len(prompts) - 1, min(most, len(prompts))).astype(int))

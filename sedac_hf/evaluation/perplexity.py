@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["PerplexityResult", "as_documents", "evaluate", "paired_perplexity"]
+__all__ = ["PerplexityResult", "as_documents", "evaluate", "exits_act", "paired_perplexity"]
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def evaluate(
         raise ModeError(f"Mode {mode!r} is refused: {model.refused_modes[mode]}")
     chosen = as_documents(documents, tokenizer)
     quality = paired_perplexity(
-        model, chosen, exits=mode == "certified", batch_tokens=batch_tokens, seed=seed
+        model, chosen, exits=exits_act(model, mode), batch_tokens=batch_tokens, seed=seed
     )
     timing = None
     if speed:
@@ -213,6 +213,19 @@ def evaluate(
     if output is not None:
         save_report(report, output)
     return report
+
+
+def exits_act(model: SedacForCausalLM, mode: str) -> bool:
+    """Whether exits change what the model says in a mode.
+
+    Args:
+        model: The wrapped model.
+        mode: The mode.
+
+    Returns:
+        True in certified mode where the model has thresholds that may be used.
+    """
+    return mode == "certified" and model.cascade is not None and not model.exits_off_reason
 
 
 def as_documents(

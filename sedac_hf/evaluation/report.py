@@ -55,7 +55,7 @@ def build_report(
         "head_share": costs.head,
         "costs": costs.to_dict(),
         "speed": speed.to_dict() if speed else None,
-        "certificate": model.certificate,
+        "certificate": model.certificate.to_dict() if model.certificate else None,
         "config": _settings(model),
         "versions": software_versions(),
         "machine": machine(),

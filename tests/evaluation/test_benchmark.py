@@ -36,7 +36,7 @@ def clock(monkeypatch):
         return PACE[name] * (1 + (len(calls) - 1) // 3)
 
     monkeypatch.setattr(module, "_arms", named)
-    monkeypatch.setattr(module, "_timed", timed)
+    monkeypatch.setattr(module, "timed_call", timed)
     return calls
 
 

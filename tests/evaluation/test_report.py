@@ -93,6 +93,15 @@ def test_refused_and_unknown_modes_are_errors(model):
         evaluate(model, random_documents(2), mode="fast", speed=False)
 
 
+def test_exits_that_are_kept_off_are_not_measured(model):
+    model.exits_off_reason = "no certificate comes with the artefact."
+    try:
+        found = evaluate(model, random_documents(5), speed=False)
+    finally:
+        model.exits_off_reason = None
+    assert (found["exit_share"], found["ppl_increase"]) == (0.0, 0.0)
+
+
 def test_texts_need_a_tokenizer(model):
     with pytest.raises(CalibrationError, match="no tokenizer"):
         evaluate(model, ["some text"], speed=False)

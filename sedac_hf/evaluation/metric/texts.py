@@ -9,7 +9,7 @@ import numpy as np
 
 from sedac_hf.calibration.documents import Document
 from sedac_hf.errors import CalibrationError
-from sedac_hf.evaluation.perplexity import paired_perplexity
+from sedac_hf.evaluation.perplexity import exits_act, paired_perplexity
 from sedac_hf.modeling import SedacForCausalLM
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def text_perplexity(
         if isinstance(model, SedacForCausalLM)
         else SedacForCausalLM.from_base(model, self_check=False)
     )
-    exits = wrapped.config.mode == "certified" and "certified" not in wrapped.refused_modes
+    mode = wrapped.config.mode
+    exits = exits_act(wrapped, mode) and mode not in wrapped.refused_modes
     found = paired_perplexity(
         wrapped, [Document(encoded[i]) for i in usable], exits=exits, batch_tokens=batch_tokens
     )
@@ -74,7 +75,7 @@ def text_perplexity(
         "mean_depth": found.mean_depth,
         "depth": found.depth,
     }
-    if exits and wrapped.cascade is not None:
+    if exits:
         result |= {
             "base_perplexity": found.base_ppl,
             "ppl_increase": found.ppl_increase,

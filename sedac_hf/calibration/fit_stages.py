@@ -22,7 +22,7 @@ from sedac_hf.calibration.documents import Document, encode_texts, read_document
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
 from sedac_hf.calibration.head_training import HeadReport, HeadSchedule, train_head
-from sedac_hf.calibration.measurement import collect_traces
+from sedac_hf.calibration.measurement import collect_traces, fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import GateReport, fit_probes
 from sedac_hf.calibration.states import BaseStates
@@ -93,8 +93,9 @@ class FitReport:
         heads: One report a head.
         gates: How well each gate works at each checkpoint, on documents it did not see.
         probe_target: Which target the kept probes have.
+        temperatures: What the logits of each exit are divided by.
         storage: How each head is stored, and what the choice cost in agreement.
-        seconds: Time of each stage.
+        seconds: Time of each stage, interrupted runs included.
         certificate: The certificate, as JSON values.
     """
 
@@ -104,6 +105,7 @@ class FitReport:
     heads: list[HeadReport] = field(default_factory=list)
     gates: list[GateReport] = field(default_factory=list)
     probe_target: str = "entropy"
+    temperatures: list[float] = field(default_factory=list)
     storage: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
@@ -257,13 +259,18 @@ class FitRun:
             probe_target=fitted.target,
             probe_rank=self.settings.probe_rank,
         )
-        traces = collect_traces(heads, fitted.probes, self.shell, states, splits.search, self.draft)
+        temperatures = fit_temperatures(heads, self.shell, states, splits.probe, self.draft)
+        self.report.temperatures = temperatures
+        traces = collect_traces(
+            heads, fitted.probes, self.shell, states, splits.search, self.draft, temperatures
+        )
         traces.save(self.workspace.directory / "traces.safetensors")
         costs = CostModel.from_base(
             self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
         )
         self.policies = choose_policies(
-            model, traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs, rungs=_RUNGS,
+            model, traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs,
+            rungs=_RUNGS, temperatures=temperatures,
             epsilon=self.settings.epsilon, seed=self.settings.seed,
         )  # fmt: skip
         self._stage("search")
@@ -296,7 +303,7 @@ class FitRun:
 
     def _stage(self, name: str) -> None:
         now = time.monotonic()
-        self.report.seconds[name] = now - self._clock
+        self.report.seconds = self.workspace.add_seconds(name, now - self._clock)
         self._clock = now
 
 

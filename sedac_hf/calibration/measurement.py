@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.probe_inference import ProbeManager
 
+_SURE = 0.5  # least probability of the first choice for a token to count in `fit_temperatures`
+
 
 @torch.inference_mode()
 def collect_traces(
@@ -27,6 +29,7 @@ def collect_traces(
     states: BaseStates,
     rows: Sequence[int],
     draft: Tensor,
+    temperatures: Sequence[float] | None = None,
 ) -> Traces:
     """Judge every possible exit of every continuation token.
 
@@ -37,11 +40,13 @@ def collect_traces(
         states: Recorded states.
         rows: Documents to look at.
         draft: Draft vocabulary, token ids.
+        temperatures: What each exit's logits are divided by; None means 1.
 
     Returns:
         Traces of these documents, in the given order.
     """
     columns = len(heads)
+    temperatures = temperatures or [1.0] * columns
     first = {i: max(states.documents[i].prompt_length, 1) for i in rows}
     lengths = np.array([len(states.documents[i]) - first[i] for i in rows], dtype=np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -64,14 +69,15 @@ def collect_traces(
             targets = batch.ids.roll(-1, 1)[counted]
             exited = exit_states(head, shell, batch)[counted]
             risk[where, column] = probes.risk(column, batch.states[counted]).cpu().numpy()
-            for part, full, out in _both(shell, batch.final[counted], exited):
+            for part, full, logits in _both(shell, batch.final[counted], exited):
                 at = where[part]
                 gold = targets[part, None]
+                out = torch.log_softmax(logits / temperatures[column], -1)
                 nll_full[at] = -full.gather(-1, gold).squeeze(-1).cpu().numpy()
                 delta[at, column] = (full - out).gather(-1, gold).squeeze(-1).cpu().numpy()
                 divergence[at, column] = (full.exp() * (full - out)).sum(-1).cpu().numpy()
                 agree[at, column] = (full.argmax(-1) == out.argmax(-1)).cpu().numpy()
-                chance = torch.softmax(out[:, draft.to(out.device)], -1).amax(-1)
+                chance = torch.softmax(logits[:, draft.to(out.device)], -1).amax(-1)
                 probability[at, column] = chance.cpu().numpy()
     return Traces(
         checkpoints=tuple(head.layer_idx for head in heads),
@@ -86,6 +92,48 @@ def collect_traces(
     )
 
 
+@torch.inference_mode()
+def fit_temperatures(
+    heads: Sequence[ExitHead],
+    shell: BaseShell,
+    states: BaseStates,
+    rows: Sequence[int],
+    draft: Tensor,
+) -> list[float]:
+    """The temperature at which each exit's distribution is nearest to that of full depth.
+
+    Only tokens of which the exit is fairly sure count, since only those will leave.
+
+    Args:
+        heads: Exit heads in the order of their checkpoints.
+        shell: Shell of the base.
+        states: Recorded states.
+        rows: Documents that the heads have not seen.
+        draft: Draft vocabulary, token ids.
+
+    Returns:
+        One temperature a head, from a grid between 0.7 and 1.4.
+    """
+    grid = torch.linspace(0.7, 1.4, 15).tolist()
+    ordered = sorted(rows, key=lambda i: len(states.documents[i]))
+    found = []
+    for head in heads:
+        cost = torch.zeros(len(grid), dtype=torch.float64)
+        for chosen in batches_of(states, ordered, 2048):
+            batch = states.batch(chosen, head.layer_idx, shell.base.device)
+            counted = predicting(batch)
+            exited = exit_states(head, shell, batch)[counted]
+            for _, full, logits in _both(shell, batch.final[counted], exited):
+                chance = torch.softmax(logits[:, draft.to(logits.device)], -1).amax(-1)
+                sure = chance >= _SURE
+                p, own = full[sure].exp(), logits[sure]
+                for place, temperature in enumerate(grid):
+                    log_q = torch.log_softmax(own / temperature, -1)
+                    cost[place] -= float((p * log_q).sum())
+        found.append(round(grid[int(cost.argmin())], 3))
+    return found
+
+
 def predicting(batch: DocumentBatch) -> Tensor:
     """Positions that predict a token of the continuation, ``[rows, seq]``."""
     position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
@@ -97,7 +145,7 @@ def predicting(batch: DocumentBatch) -> Tensor:
 def _both(
     shell: BaseShell, final: Tensor, exited: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Log-probabilities at full depth and at the exit, a bounded number of tokens at a time."""
+    """Log-probabilities at full depth and logits of the exit, some tokens at a time."""
     for part, full in iter_logits(shell, final):
         out = shell.logits(exited[part].to(shell.base.dtype).unsqueeze(0)).squeeze(0)
-        yield part, torch.log_softmax(full.float(), -1), torch.log_softmax(out.float(), -1)
+        yield part, torch.log_softmax(full.float(), -1), out.float()

@@ -249,6 +249,7 @@ def choose_policies(
     candidates: int = 6000,
     rungs: int = 10,
     margin: float = 1.5,
+    temperatures: Sequence[float] | None = None,
     seed: int = 0,
     batch_tokens: int | None = None,
 ) -> list[Policy]:
@@ -266,6 +267,7 @@ def choose_policies(
         candidates: Threshold vectors to replay.
         rungs: Most policies to return.
         margin: Last target, as a multiple of the aim.
+        temperatures: What the logits of exits at each checkpoint are divided by; None means 1.
         seed: Seed of the random candidates.
         batch_tokens: Most tokens of one forward; None picks it from the vocabulary.
 
@@ -273,6 +275,8 @@ def choose_policies(
         Policies from the safest to the boldest, with verified deltas; empty when nothing saves.
     """
     front = pareto_front(traces, costs, candidates=candidates, seed=seed)
+    if temperatures is not None:
+        front = [_with_temperatures(policy, temperatures) for policy in front]
     coarse = ladder(front, epsilon=epsilon, rungs=3, margin=margin)
     if not coarse:
         return []
@@ -288,6 +292,14 @@ def choose_policies(
     walk = reorder(everything, np.stack([known[p.cascade] for p in everything]))
     limit = margin * math.log1p(epsilon)
     return [policy for policy in walk if policy.estimated_delta <= limit][-rungs:]
+
+
+def _with_temperatures(policy: Policy, temperatures: Sequence[float]) -> Policy:
+    layers = [
+        replace(layer, temperature=temperature)
+        for layer, temperature in zip(policy.cascade.layers, temperatures, strict=True)
+    ]
+    return replace(policy, cascade=replace(policy.cascade, layers=tuple(layers)))
 
 
 def _inflation(policies: Sequence[Policy], deltas: FloatArray) -> float:

@@ -62,6 +62,14 @@ class Workspace:
             partial.rename(path)
         return read_documents(path)
 
+    def add_seconds(self, stage: str, seconds: float) -> dict[str, float]:
+        """Add to the time of a stage, and return the times of all stages so far."""
+        path = self.directory / "seconds.json"
+        times: dict[str, float] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        times[stage] = times.get(stage, 0.0) + seconds
+        path.write_text(json.dumps(times), encoding="utf-8")
+        return times
+
     def has_head(self, head: ExitHead) -> bool:
         """Whether a head has been trained."""
         return self._head_path(head).with_suffix(".json").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from sedac_hf.calibration.head_training import (
     measure_agreement,
     train_head,
 )
-from sedac_hf.calibration.measurement import collect_traces
+from sedac_hf.calibration.measurement import collect_traces, fit_temperatures
 from sedac_hf.calibration.probe_training import auroc, share_at_budget, train_probe
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.config import CheckpointSpec
@@ -165,3 +167,24 @@ def test_a_probe_learns_a_target_that_is_there() -> None:
     risk = probe(inputs[3000:]).detach().numpy()
     hard = (target[3000:] > target.median()).numpy()
     assert auroc(risk, hard) > 0.95
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.25, 1.25), (0.8, 0.8), (1.0, 1.0), (4.0, 1.4)])
+def test_an_exit_that_is_too_sure_is_cooled(
+    recorded: tuple[BaseShell, BaseStates],
+    monkeypatch: pytest.MonkeyPatch,
+    scale: float,
+    expected: float,
+) -> None:
+    shell, states = recorded
+    head = build_exit_head(CheckpointSpec(1), shell)
+
+    def both(
+        shell: BaseShell, final: torch.Tensor, exited: torch.Tensor
+    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        logits = shell.logits(final[None])[0]
+        yield slice(0, len(final)), torch.log_softmax(logits, -1), scale * logits
+
+    monkeypatch.setattr("sedac_hf.calibration.measurement._both", both)
+    found = fit_temperatures([head], shell, states, range(80, 110), torch.arange(VOCABULARY))
+    assert found == [pytest.approx(expected)]

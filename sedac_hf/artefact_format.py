@@ -21,18 +21,22 @@ from torch import Tensor
 from sedac_hf.errors import ArtefactError, FormatVersionError
 
 __all__ = [
+    "BASE_FOLDER",
     "CARD_FILE",
+    "CARD_SOURCE_FILE",
     "CERTIFICATE_FILE",
     "CONFIG_FILE",
     "FORMAT_VERSION",
     "REMOTE_CODE_FILE",
     "WEIGHTS_FILE",
     "ArtefactFiles",
+    "ArtefactOrigin",
     "atomic_directory",
     "read_artefact",
     "read_json",
     "tensors_digest",
     "write_artefact",
+    "write_json",
 ]
 
 FORMAT_VERSION = 1
@@ -40,11 +44,21 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "sedac.safetensors"
 CERTIFICATE_FILE = "certificate.json"
 CARD_FILE = "README.md"
+CARD_SOURCE_FILE = "card.json"
 REMOTE_CODE_FILE = "modeling_sedac.py"
+BASE_FOLDER = "base"
 
 # Fields of config.json that describe the files and are no part of SedacConfig.
 _FORMAT_FIELDS = ("sedac_format_version", "files", "auto_map", "transformers_version")
-_OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, CERTIFICATE_FILE, CARD_FILE, REMOTE_CODE_FILE)
+# Removed when an artefact is replaced; the rest of the folder is the user's.
+_OWN_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    CERTIFICATE_FILE,
+    CARD_FILE,
+    CARD_SOURCE_FILE,
+    REMOTE_CODE_FILE,
+)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -58,7 +72,7 @@ class ArtefactFiles:
         config: Fields of `SedacConfig`.
         tensors: Name -> tensor on the CPU.
         certificate: Content of certificate.json, or None.
-        card: Text of README.md, or None.
+        card: What the card was made of; empty when that was not kept.
     """
 
     source: str
@@ -66,7 +80,24 @@ class ArtefactFiles:
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     certificate: dict[str, Any] | None
-    card: str | None
+    card: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ArtefactOrigin:
+    """What a loaded model remembers of its artefact.
+
+    Attributes:
+        source: Path or Hub name.
+        directory: Local folder the files were read from.
+        digest: Digest of the tensors as they were loaded.
+        card: What its card was made of.
+    """
+
+    source: str
+    directory: Path
+    digest: str
+    card: dict[str, Any]
 
 
 @contextmanager
@@ -156,11 +187,11 @@ def write_artefact(
     save_file(plain, directory / WEIGHTS_FILE, metadata=metadata)
     files = {WEIGHTS_FILE: _describe(directory / WEIGHTS_FILE)}
     if certificate is not None:
-        _write_json(directory / CERTIFICATE_FILE, certificate)
+        write_json(directory / CERTIFICATE_FILE, certificate)
         # Binds the certificate to the weights and thresholds that it was issued for.
         digest = {"tensors_sha256": tensors_digest(plain)}
         files[CERTIFICATE_FILE] = _describe(directory / CERTIFICATE_FILE) | digest
-    _write_json(
+    write_json(
         directory / CONFIG_FILE,
         {**config, "sedac_format_version": FORMAT_VERSION, "files": files},
     )
@@ -200,14 +231,14 @@ def read_artefact(directory: Path, source: str) -> ArtefactFiles:
                 f"{directory / CERTIFICATE_FILE} was issued for other weights or thresholds than "
                 f"{WEIGHTS_FILE} beside it holds. Certify again."
             )
-    card = directory / CARD_FILE
+    card = directory / CARD_SOURCE_FILE
     return ArtefactFiles(
         source=source,
         directory=directory,
         config={key: value for key, value in config.items() if key not in _FORMAT_FIELDS},
         tensors=tensors,
         certificate=certificate,
-        card=card.read_text(encoding="utf-8") if card.exists() else None,
+        card=read_json(card) if card.exists() else {},
     )
 
 
@@ -228,7 +259,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object to a file, keys sorted."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
 

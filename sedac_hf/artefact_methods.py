@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -23,7 +23,7 @@ class ArtefactMethods:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *model_args: Any,
-        base_model: nn.Module | None = None,
+        base_model: nn.Module | str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> SedacForCausalLM:
         """Load an artefact and attach it to its base.
@@ -32,8 +32,10 @@ class ArtefactMethods:
             pretrained_model_name_or_path: Folder or Hub name of an artefact, or of a plain base
                 (which gives a wrapper with exits off).
             *model_args: Refused: everything goes by name.
-            base_model: The base, if it is loaded already.
-            **kwargs: Passed on to the base's `from_pretrained`.
+            base_model: The base: a loaded model, a folder or a Hub name; by default the one that
+                the artefact names.
+            **kwargs: See `sedac_hf.artefact.load`: `mode`, how to reach the Hub, and what the
+                base's own `from_pretrained` takes.
 
         Returns:
             The wrapper in evaluation mode.
@@ -56,7 +58,7 @@ class ArtefactMethods:
         """
         from sedac_hf import artefact
 
-        artefact.save(self, save_directory, **kwargs)
+        artefact.save(cast(Any, self), save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Save to the Hub, own card included.
@@ -70,4 +72,4 @@ class ArtefactMethods:
         """
         from sedac_hf import artefact
 
-        return artefact.push(self, repo_id, **kwargs)
+        return artefact.push(cast(Any, self), repo_id, **kwargs)

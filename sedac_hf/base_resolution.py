@@ -10,19 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils._validators import validate_repo_id
 from transformers import AutoModelForCausalLM
 from transformers.utils.hub import cached_file, resolve_revision
 
-from sedac_hf.artefact_format import CARD_FILE, CERTIFICATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from sedac_hf.artefact_format import (
+    BASE_FOLDER,
+    CARD_SOURCE_FILE,
+    CERTIFICATE_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    read_json,
+)
 from sedac_hf.errors import ArtefactError, BaseNotFoundError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "OWN_BASE",
     "HubOptions",
+    "base_origin",
+    "cached_commit",
     "fetch_artefact",
     "find_base",
     "is_hub_name",
@@ -33,6 +45,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+# A base that is part of the artefact; no name on the Hub can look like this.
+OWN_BASE = f"./{BASE_FOLDER}"
 
 # What the script in examples/ makes; the bundled artefact names it.
 _REFERENCE_MODEL = "smollm2-135m-instruct"
@@ -152,7 +167,7 @@ def fetch_artefact(source: str, options: HubOptions) -> Path:
     try:
         cached_file(source, CONFIG_FILE, **arguments)
         weights = cached_file(source, WEIGHTS_FILE, **arguments)
-        for name in (CERTIFICATE_FILE, CARD_FILE):
+        for name in (CERTIFICATE_FILE, CARD_SOURCE_FILE):
             cached_file(source, name, **optional)
     except OSError as error:
         raise ArtefactError(f"{source} is no complete artefact: {error}") from error
@@ -237,6 +252,35 @@ def pinned_revision(name: str, revision: str | None, options: HubOptions) -> str
     # A revision that could not be resolved comes back as a plain string.
     commit = getattr(resolved, "resolved", None) or revision
     return commit if commit and _COMMIT.fullmatch(commit) else None
+
+
+def cached_commit(name: str) -> str | None:
+    """The commit of a Hub model in the cache when there is only one, so that it must be that.
+
+    A loaded model does not know the commit that it came from.
+    """
+    if os.path.isdir(name) or not is_hub_name(name):
+        return None
+    folder = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"))
+    commits = [entry.name for entry in folder.glob("snapshots/*") if (entry / CONFIG_FILE).exists()]
+    return commits[0] if len(commits) == 1 and _COMMIT.fullmatch(commits[0]) else None
+
+
+def base_origin(name: str) -> tuple[str | None, str]:
+    """Which model on the Hub a base is or was made from, and a note on the difference.
+
+    Args:
+        name: Folder or Hub name. A folder may hold a `source.json` with `base` and `note`.
+
+    Returns:
+        Hub name or None, and a sentence or nothing.
+    """
+    if not os.path.isdir(name):
+        return (name if is_hub_name(name) else None), ""
+    record = Path(name, "source.json")
+    made_from = read_json(record) if record.is_file() else {}
+    base = str(made_from.get("base", ""))
+    return (base if base and is_hub_name(base) else None), str(made_from.get("note", ""))
 
 
 def portable_base_name(name: str, artefact: Path) -> str:

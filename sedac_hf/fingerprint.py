@@ -121,9 +121,14 @@ def is_quantised(base: PreTrainedModel) -> bool:
     )
 
 
+def dtype_name(base: PreTrainedModel) -> str:
+    """Name of a base's data type, such as "bfloat16"."""
+    return str(base.dtype).removeprefix("torch.")
+
+
 def dtype_label(base: PreTrainedModel) -> str:
     """Name what the base computes in: "bfloat16", or "bfloat16/gptq" for a quantised one."""
-    name = str(base.dtype).removeprefix("torch.")
+    name = dtype_name(base)
     if not is_quantised(base):
         return name
     settings = getattr(base.config, "quantization_config", None)

@@ -1,15 +1,15 @@
 """The card of an artefact: metadata for the Hub and a README, written at every save.
 
 What a card says beyond the artefact itself comes from a report, a mapping of plain JSON values: the
-keys that `sedac_hf.evaluation.report.build_report` writes, and under `"fit"` what `fit` knows:
-`command`, `seconds`, `tokens`, `documents`, `texts`, and `heads`, one mapping per exit head whose
-keys become columns of a table. Everything in it is optional.
+keys that `sedac_hf.evaluation.report.build_report` writes, and under `"fit"` those of `FitReport`
+(`seconds`, `tokens`, `documents`, `self_written`, and tables `heads`, `gates`, `storage`), with
+`command` and `texts` where they are known. Everything in it is optional.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,14 @@ from jinja2 import Environment, StrictUndefined
 __all__ = ["CardSource", "model_card"]
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_COLUMNS = {
+    "layer_idx": "after layer",
+    "feedback": "deep feedback",
+    "seconds": "time",
+    "stand_in_agreement": "agreement, own output as feedback",
+    "top": "among the first",
+    "share": "share that may leave",
+}
 _OWN_TEXTS = "texts that the base wrote itself"
 
 
@@ -95,7 +103,7 @@ def model_card(source: CardSource) -> ModelCard:
         conditions=_conditions(results),
         scope=_scope(source),
         fit=_fit_lines(fit),
-        heads=_table(fit.get("heads") or []),
+        tables=_tables(fit),
         probe_target=config.get("probe_target"),
         probe_rank=config.get("probe_rank"),
         versions=sorted(source.versions.items()),
@@ -150,7 +158,10 @@ def _number(results: Mapping[str, Any], key: str) -> bool:
 
 
 def _texts(results: Mapping[str, Any]) -> str:
-    return str((results.get("fit") or {}).get("texts") or _OWN_TEXTS)
+    """What the documents were."""
+    fit = results.get("fit") or {}
+    given = "given texts" if fit.get("self_written") is False else _OWN_TEXTS
+    return str(fit.get("texts") or given)
 
 
 def _checkpoint(point: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,35 +243,60 @@ def _scope(source: CardSource) -> str:
 
 
 def _fit_lines(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if not fit:
+        return []
     lines: list[tuple[str, str]] = []
     if fit.get("command"):
         lines.append(("command", f"`{fit['command']}`"))
-    if _number(fit, "seconds"):
-        lines.append(("time", _duration(float(fit["seconds"]))))
-    if _number(fit, "tokens"):
+    if fit.get("seconds"):
+        lines.append(("time", _with_parts(fit["seconds"], _duration)))
+    if fit.get("tokens"):
         lines.append(("tokens", f"{fit['tokens']:,}"))
-    if _number(fit, "documents"):
-        lines.append(("documents", f"{fit['documents']:,}"))
-    if fit.get("texts"):
-        lines.append(("texts", str(fit["texts"])))
+    if fit.get("documents"):
+        lines.append(("documents", _with_parts(fit["documents"], "{:,}".format)))
+    lines.append(("texts", _texts({"fit": fit})))
     return lines
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]] | None:
-    if not rows:
-        return None
+def _with_parts(value: Any, write: Callable[[Any], str]) -> str:
+    """A number, or the sum of several with each of them behind it."""
+    if not isinstance(value, Mapping):
+        return write(value)
+    parts = ", ".join(f"{name} {write(part)}" for name, part in value.items())
+    return f"{write(sum(value.values()))} ({parts})"
+
+
+def _tables(fit: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tables of the fit's report: exit heads, gates, storage."""
+    titles = {
+        "heads": "Exit heads; agreement with the full model's first choice on held-out text",
+        "gates": "Gates; AUROC of telling exits that disagree from those that agree",
+        "storage": "Storage of the heads",
+    }
+    return [
+        {"title": title, **_table(fit[name])} for name, title in titles.items() if fit.get(name)
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return {
-        "columns": [column.replace("_", " ") for column in columns],
-        "rows": [[_cell(row.get(column)) for column in columns] for row in rows],
+        "columns": [_COLUMNS.get(column, column.replace("_", " ")) for column in columns],
+        "rows": [[_cell(column, row.get(column)) for column in columns] for row in rows],
     }
 
 
-def _cell(value: Any) -> str:
+def _cell(column: str, value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_cell('', part)} ({name})" for name, part in value.items())
+    if column == "seconds":
+        return _duration(value)
+    if isinstance(value, int):
+        return f"{value:,}"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin
@@ -30,6 +30,10 @@ from sedac_hf.errors import ConfigError, ModeError
 from sedac_hf.generation.finish import finish_generation
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor
 from sedac_hf.modes import ModeControl
+
+if TYPE_CHECKING:
+    from sedac_hf.artefact_format import ArtefactOrigin
+    from sedac_hf.calibration.certificate import Certificate
 
 __all__ = ["SedacForCausalLM"]
 
@@ -59,8 +63,10 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         probes: One risk probe per checkpoint.
         draft_vocabulary: Token ids `[draft vocabulary]`, int64, or None for the whole vocabulary.
         cascade: The rules by which tokens leave, or None when none may.
-        certificate: What the certificate says, or None without one.
+        certificate: The certificate, or None without one.
         refused_modes: Modes that must not be used, with the reason.
+        exits_off_reason: Why exits stay off in certified mode although there are rules, or None.
+        origin: The artefact that the model was loaded from, or None.
         exit_stats: Totals over all calls.
     """
 
@@ -116,8 +122,10 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.probes = probes
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         self.cascade: CascadeConfig | None = None
-        self.certificate: dict[str, Any] | None = None
+        self.certificate: Certificate | None = None
         self.refused_modes: dict[str, str] = {}
+        self.exits_off_reason: str | None = None
+        self.origin: ArtefactOrigin | None = None
         self.exit_stats = ExitStats(self.shell.num_layers, [spec.layer_idx for spec in specs])
         self._assembly: Assembly | None = None
         self._accepted = accepted_arguments(base)

@@ -42,6 +42,7 @@ class ModeControl:
     shell: BaseShell
     _assembly: Assembly | None
     refused_modes: dict[str, str]
+    exits_off_reason: str | None
 
     @property
     def assembly(self) -> Assembly:
@@ -52,7 +53,7 @@ class ModeControl:
         return self._assembly
 
     def set_cascade(self, cascade: CascadeConfig | None) -> None:
-        """Take other rules by which tokens leave.
+        """Take other rules by which tokens leave; in certified mode they act from now on.
 
         Args:
             cascade: The rules; None turns exits off.
@@ -63,6 +64,7 @@ class ModeControl:
         if cascade is not None:
             check_cascade(cascade, self.config.checkpoint_specs())
         self.cascade = cascade
+        self.exits_off_reason = None
 
     @contextmanager
     def cascade_replaced(self, cascade: CascadeConfig | None) -> Iterator[None]:
@@ -103,6 +105,9 @@ class ModeControl:
                 "This model has no certified exits, so it runs as its base. Fit exits with "
                 "sedac_hf.fit, or ask for sedac_mode='off' to silence this."
             )
+            return "off"
+        if mode == "certified" and self.exits_off_reason and self._cascade() is self.cascade:
+            logger.warning_once(f"Exits stay off in certified mode: {self.exits_off_reason}")
             return "off"
         return mode
 

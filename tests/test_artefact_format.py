@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sedac_hf import artefact_format
 from sedac_hf.artefact_format import (
-    CARD_FILE,
+    CARD_SOURCE_FILE,
     CERTIFICATE_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Path:
     target = tmp_path / "artefact"
     with atomic_directory(target) as fresh:
         write_artefact(fresh, CONFIG, tensors(), {"epsilon": 0.01})
-        (fresh / CARD_FILE).write_text("# card\n")
+        (fresh / CARD_SOURCE_FILE).write_text('{"results": {}}')
     return target
 
 
@@ -64,7 +64,7 @@ def test_what_is_written_is_read(folder: Path) -> None:
     assert {name: files.config[name] for name in CONFIG} == CONFIG
     assert not {"files", "sedac_format_version"} & files.config.keys()
     assert files.certificate == {"epsilon": 0.01}
-    assert files.card == "# card\n"
+    assert files.card == {"results": {}}
     expected = tensors()
     assert files.tensors.keys() == expected.keys()
     for name, value in expected.items():

@@ -59,6 +59,9 @@ class Screen:
         self.quiet = quiet
         self.as_json = as_json
         self.out = Console(highlight=False, quiet=as_json)
+        if not self.out.is_terminal:
+            # tables in a file or a pipe need not fit the 80 columns that rich assumes there
+            self.out.width = 120
         self.err = Console(stderr=True, highlight=False)
 
     @property

@@ -71,7 +71,7 @@ def fit_table(report: Mapping[str, Any]) -> Table:
     }
     kinds = sorted({kind for _, kind in gates})
     table = Table(box=box.SIMPLE_HEAD, title="exit heads", title_justify="left")
-    columns = ("after layer", "feedback", "steps", "tokens", "minutes", "agreement", "second step")
+    columns = ("after layer", "feedback", "steps", "tokens", "minutes", "agreement", "2nd step")
     for name in (*columns, *(f"AUROC {kind}" for kind in kinds)):
         table.add_column(name, justify="right")
     for head in report["heads"]:

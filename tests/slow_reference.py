@@ -1,7 +1,7 @@
 """An independent, slow reference: each architecture's forward written out by hand.
 
-No cache, no shell, no proxy: the whole sequence goes through the base's modules layer by layer with
-masks made here, positions that have left keep their state, and K/V are computed from the projections.
+No cache, no shell, no proxy: the whole sequence goes through the base's modules layer by layer
+with masks made here, positions that have left keep their state, and K/V come from the projections.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SlowReference:
         Args:
             ids: `[rows, seq]`.
             mask: 1 for tokens, 0 for left padding, `[rows, seq]`; None without padding.
-            checkpoints: Layer index -> head; heads get the states and the arguments of the last layer.
+            checkpoints: Layer index -> head; heads get states and the arguments of the last layer.
             decide: Who leaves at a checkpoint: index, states, exit states -> `[rows, seq]` of bool.
         """
         rows, seq = ids.shape

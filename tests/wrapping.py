@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ def wrap(
     kinds = kinds or {1: "lens"}
     specs = [spec_of(layer, kind) for layer, kind in kinds.items()]
     cascade = CascadeConfig(list(rules or [rule(layer) for layer in kinds]))
+    values = {"self_check": False, **values}
     model = SedacForCausalLM.from_base(base, specs, cascade, **values)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -59,7 +61,7 @@ def wrap(
 
 def head_by_hand(
     model: SedacForCausalLM, k: int, reference: SlowReference
-) -> Callable[[Tensor, dict[str, Any], Tensor | None], Tensor]:
+) -> Callable[..., Tensor]:
     """The formula of head `k`, applied to whole sequences without a cache."""
     head: Any = model.exit_heads[k]
 
@@ -132,7 +134,7 @@ def exits_by_hand(
         eligible = (torch.arange(stop) >= start).expand(part.shape)
         decide = CascadeByHand(model, eligible, reference)
         heads = {
-            layer: (lambda s, a, f=head_by_hand(model, k, reference): f(s, a, before))
+            layer: partial(head_by_hand(model, k, reference), before=before)
             for k, layer in enumerate(layers)
         }
         return reference.walk(part, None if mask is None else mask[:, :stop], heads, decide)

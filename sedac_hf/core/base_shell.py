@@ -8,10 +8,7 @@ architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Final, cast
 
 import torch
@@ -19,6 +16,15 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from sedac_hf.core.epilogue import watch_epilogue
+from sedac_hf.core.stand_ins import (
+    RECORD,
+    LayerCall,
+    LayerStub,
+    Loop,
+    PrologueDone,
+    RunRecord,
+    shallow_copy,
+)
 from sedac_hf.core.support import (
     check_supported,
     find_cache_argument,
@@ -32,88 +38,6 @@ __all__ = ["KEEP", "BaseShell", "LayerCall", "Loop"]
 
 # Marks "leave the recorded cache"; None is a value of its own (no cache).
 KEEP: Final[Any] = object()
-# Put on an instance by accelerate or torch.compile; they would lead back to the real module.
-_INSTANCE_PATCHES = frozenset({"forward", "_old_forward", "_hf_hook", "_compiled_call_impl"})
-
-
-@dataclass(slots=True)
-class LayerCall:
-    """What the base's decoder passes to one layer, hidden state removed."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-Loop = Callable[[Tensor, list[LayerCall]], Tensor]
-
-
-class _Record:
-    """One run through the shell: the loop to run and the calls seen so far."""
-
-    __slots__ = ("calls", "done", "first_only", "loop")
-
-    def __init__(self, loop: Loop, first_only: bool = False) -> None:
-        self.loop = loop
-        self.calls: list[LayerCall] = []
-        self.done = False
-        self.first_only = first_only
-
-
-class _PrologueDone(BaseException):
-    """Leaves the base's forward once the prologue is known; never seen outside this file."""
-
-    def __init__(self, hidden: Tensor, calls: list[LayerCall]) -> None:
-        super().__init__()
-        self.hidden = hidden
-        self.calls = calls
-
-
-_RECORD: ContextVar[_Record] = ContextVar("sedac_shell_record")
-
-
-class _Stub:
-    """Stands in for one decoder layer inside the shell."""
-
-    __slots__ = ("_last", "_layer", "_shell")
-
-    def __init__(self, shell: BaseShell, layer: nn.Module, last: bool) -> None:
-        self._shell = shell
-        self._layer = layer
-        self._last = last
-
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        record = _RECORD.get()
-        record.calls.append(LayerCall(args, kwargs))
-        if record.first_only:
-            raise _PrologueDone(hidden, record.calls)
-        if self._last:
-            hidden = record.loop(hidden, record.calls)
-            record.done = True
-        return (hidden,) if self._shell.returns_tuple else hidden
-
-    def __getattr__(self, name: str) -> Any:
-        # Some decoders ask a layer for its type before calling it.
-        return getattr(self._layer, name)
-
-
-def _hooked_forward(copy: nn.Module, real: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Forward of a copy whose original carries an accelerate hook."""
-    hook = cast(Any, real)._hf_hook
-    args, kwargs = hook.pre_forward(real, *args, **kwargs)
-    return hook.post_forward(real, type(copy).forward(copy, *args, **kwargs))
-
-
-def _shallow_copy(module: nn.Module, overrides: dict[str, Any]) -> nn.Module:
-    """A copy that shares everything with `module` except the attributes in `overrides`."""
-    copy: nn.Module = object.__new__(type(module))
-    state = {k: v for k, v in module.__dict__.items() if k not in _INSTANCE_PATCHES}
-    modules = state["_modules"]
-    state["_modules"] = {k: v for k, v in modules.items() if k not in overrides}
-    if "_hf_hook" in module.__dict__:
-        state["forward"] = partial(_hooked_forward, copy, module)
-    state.update(overrides)
-    object.__setattr__(copy, "__dict__", state)
-    return copy
 
 
 @dataclass(frozen=True)
@@ -153,7 +77,7 @@ class BaseShell:
         self.cache_kwarg, self.cache_place = find_cache_argument(self.layers[0])
         self.num_layers = len(self.layers)
         self.layer_list: list[nn.Module] = []
-        self._stubs: list[_Stub] = []
+        self._stubs: list[LayerStub] = []
         self._returns_tuple: bool | None = None
         self._epilogue: _Epilogue | None = None
 
@@ -193,7 +117,7 @@ class BaseShell:
         if forward_kwargs.get("output_hidden_states") or forward_kwargs.get("output_attentions"):
             # Hooks must sit on the real layers: the copy has none for them to be put on.
             maybe_install_capturing_hooks(cast(Any, self.decoder))
-        record = _Record(loop)
+        record = RunRecord(loop)
         output = self._call(record, {}, {}, forward_kwargs)
         if not record.done:
             raise SedacError(
@@ -213,11 +137,11 @@ class BaseShell:
         """
 
         def stop(hidden: Tensor, calls: list[LayerCall]) -> Tensor:
-            raise _PrologueDone(hidden, calls)
+            raise PrologueDone(hidden, calls)
 
         try:
             self.run(stop, **forward_kwargs)
-        except _PrologueDone as done:
+        except PrologueDone as done:
             return done.hidden, done.calls
         raise SedacError(f"{type(self.base).__name__} never reached its layers.")
 
@@ -287,7 +211,7 @@ class BaseShell:
         layers = list(self.layers)
         if layers != self.layer_list:
             last = len(layers) - 1
-            self._stubs = [_Stub(self, layer, i == last) for i, layer in enumerate(layers)]
+            self._stubs = [LayerStub(self, layer, i == last) for i, layer in enumerate(layers)]
             self.layer_list = layers
 
     def run_decoder(self, loop: Loop, overrides: dict[str, Any], **forward_kwargs: Any) -> Any:
@@ -301,33 +225,41 @@ class BaseShell:
         Returns:
             The decoder's own output object.
         """
+        _ = self.returns_tuple
         self.refresh()
-        decoder = _shallow_copy(self.decoder, {**overrides, self._layers_name: self._stubs})
-        token = _RECORD.set(_Record(loop))
+        decoder = shallow_copy(self.decoder, {**overrides, self._layers_name: self._stubs})
+        token = RECORD.set(RunRecord(loop))
         try:
             return decoder(**forward_kwargs)
         finally:
-            _RECORD.reset(token)
+            RECORD.reset(token)
 
     def _call(
         self,
-        record: _Record,
+        record: RunRecord,
         overrides: dict[str, Any],
         root_overrides: dict[str, Any],
         forward_kwargs: dict[str, Any],
     ) -> Any:
         """Run a copy of the base whose layers are stubs reporting to `record`."""
+        if not record.first_only:
+            # Found out beforehand: it runs a layer, which must not happen amid another run.
+            _ = self.returns_tuple
         self.refresh()
         overrides = {**overrides, self._layers_name: self._stubs}
         if self._path:
-            shell = self._around(_shallow_copy(self.decoder, overrides), root_overrides)
+            shell = self._around(shallow_copy(self.decoder, overrides), root_overrides)
         else:
-            shell = _shallow_copy(self.base, {**overrides, **root_overrides})
-        token = _RECORD.set(record)
+            shell = shallow_copy(self.base, {**overrides, **root_overrides})
+        token = RECORD.set(record)
         try:
             return shell(**forward_kwargs)
         finally:
-            _RECORD.reset(token)
+            RECORD.reset(token)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what `refresh` makes anew."""
+        return {**self.__dict__, "layer_list": [], "_stubs": []}
 
     def _around(self, decoder: Any, root_overrides: dict[str, Any]) -> Any:
         """Copies of the modules above the decoder, with `decoder` in its place."""
@@ -337,7 +269,7 @@ class BaseShell:
         inner = decoder
         for depth in range(len(modules) - 1, -1, -1):
             extra = root_overrides if depth == 0 else {}
-            inner = _shallow_copy(modules[depth], {self._path[depth]: inner, **extra})
+            inner = shallow_copy(modules[depth], {self._path[depth]: inner, **extra})
         return inner
 
     def _head_override(self, vocabulary: nn.Linear | None) -> dict[str, Any]:
@@ -364,7 +296,7 @@ class BaseShell:
     def _logits_through_decoder(self, hidden: Tensor, vocabulary: nn.Linear | None) -> Tensor:
         """The slow way: the whole forward with the states put in after the last layer."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.input_device)
-        record = _Record(lambda _, calls: hidden)
+        record = RunRecord(lambda _, calls: hidden)
         head = self._head_override(vocabulary)
         output = self._call(record, {}, head, {"input_ids": ids, "use_cache": False})
         return cast(Tensor, output.logits)
@@ -373,10 +305,10 @@ class BaseShell:
     def _probe_return(self) -> bool:
         """Run the first layer on one token and look at what it returns."""
         ids = torch.ones((1, 1), dtype=torch.long, device=self.input_device)
-        record = _Record(lambda hidden, calls: hidden, first_only=True)
+        record = RunRecord(lambda hidden, calls: hidden, first_only=True)
         try:
             self._call(record, {}, {}, {"input_ids": ids, "use_cache": False})
-        except _PrologueDone as done:
+        except PrologueDone as done:
             call = self.with_cache(done.calls[0], None)
             output = self.layer_list[0](done.hidden, *call.args, **call.kwargs)
             return isinstance(output, tuple)

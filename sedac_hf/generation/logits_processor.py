@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import FloatTensor, LongTensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor
 
 if TYPE_CHECKING:
@@ -54,12 +54,13 @@ class SedacLogitsProcessor(LogitsProcessor):
         if session.prompt_length is None:
             session.prompt_length = input_ids.shape[1]
         record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints)
-        return scale_exits(scores, record.checkpoints, self._temperatures)
+        scaled = scale_exits(scores, record.checkpoints, self._temperatures)
+        return cast(FloatTensor, scaled)
 
 
 def scale_exits(
-    scores: FloatTensor, checkpoints: npt.NDArray[np.int64], temperatures: Sequence[float]
-) -> FloatTensor:
+    scores: Tensor, checkpoints: npt.NDArray[np.int64], temperatures: Sequence[float]
+) -> Tensor:
     """Divide the scores of exits by the temperature of their checkpoint.
 
     What normalises a row stays as it was, so that log-probabilities (which beam search hands over)
@@ -79,4 +80,4 @@ def scale_exits(
     scaled = scores / torch.from_numpy(factors).to(scores.device, scores.dtype).unsqueeze(-1)
     before, after = scores.logsumexp(-1, keepdim=True), scaled.logsumexp(-1, keepdim=True)
     left = torch.from_numpy(checkpoints >= 0).to(scores.device).unsqueeze(-1)
-    return cast(FloatTensor, torch.where(left, scaled - after + before, scores))
+    return torch.where(left, scaled - after + before, scores)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import ARCHITECTURES, LAYERS, build_tiny, prompt
 from tests.wrapping import exits_by_hand, rule, wrap
@@ -56,17 +55,27 @@ def assert_equals_reference(
             )
 
 
-def third_rules(model: SedacForCausalLM, ids: Tensor, **fields: float) -> list:
-    """Rules under which about a third of the tokens that come to each checkpoint leave."""
-    text = generated(model, ids, sample=True, sedac_mode="plain").sequences
-    layers = [spec.layer_idx for spec in model.config.checkpoint_specs()]
-    with model.cascade_replaced(CascadeConfig([rule(layer, 0.0) for layer in layers])):
-        output = model(text, exits="simulate")
-    start = ids.shape[1]
-    return [
-        rule(layer, 2 * float(output.risks[:, start:, k].quantile(0.35)), **fields)
-        for k, layer in enumerate(layers)
-    ]
+def mixed(
+    base: PreTrainedModel,
+    kinds: dict[int, str],
+    ids: Tensor,
+    temperature: float = 1.0,
+    **values: object,
+) -> tuple[SedacForCausalLM, object]:
+    """A model under whose rules some tokens leave and others do not, and what it generated."""
+    plain = wrap(base, kinds, [rule(layer, 0.0) for layer in kinds])
+    text = generated(plain, ids, sedac_mode="plain", **values).sequences
+    risks = plain(text, exits="simulate").risks[:, ids.shape[1] :]
+    for share in (0.35, 0.5, 0.65, 0.2, 0.8, 0.9):
+        rules = [
+            rule(layer, 2 * float(risks[..., k].quantile(share)), temperature=temperature)
+            for k, layer in enumerate(kinds)
+        ]
+        model = wrap(base, kinds, rules)
+        output = generated(model, ids, **values)
+        if len(set(output.exit_layers[:, 1:].flatten().tolist())) > 1:
+            return model, output
+    raise AssertionError("no threshold parts the tokens of this model")
 
 
 @pytest.mark.parametrize("kind", ["lens", "block", "feedback"])
@@ -81,23 +90,17 @@ def test_forced_exit_equals_the_slow_reference(tiny: PreTrainedModel, kind: str)
 
 @pytest.mark.parametrize("kinds", [{0: "lens", 2: "block"}, {0: "feedback", 1: "deep", 2: "lens"}])
 def test_mixed_exits_equal_the_slow_reference(tiny: PreTrainedModel, kinds: dict[int, str]) -> None:
-    first = wrap(tiny, kinds)
-    ids = prompt(3, 5)
-    model = wrap(tiny, kinds, third_rules(first, prompt(3, 5)))
-    output = generated(model, ids, sample=True)
-    assert len(set(output.exit_layers[:, 1:].flatten().tolist())) > 1, "nothing is mixed here"
+    model, output = mixed(tiny, kinds, prompt(3, 5), sample=True)
     assert_equals_reference(model, output, 5)
 
 
 def test_left_padding_equals_the_slow_reference(tiny: PreTrainedModel) -> None:
     kinds = {0: "feedback", 2: "block"}
-    first = wrap(tiny, kinds)
-    model = wrap(tiny, kinds, third_rules(first, prompt(3, 5)))
     ids = prompt(2, 7)
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     ids[0, :3] = 0
-    output = generated(model, ids, sample=True, attention_mask=mask)
+    model, output = mixed(tiny, kinds, ids, sample=True, attention_mask=mask)
     assert_equals_reference(model, output, 7, mask)
 
 
@@ -119,11 +122,8 @@ def test_probability_gate_equals_the_slow_reference(llama: PreTrainedModel) -> N
 
 def test_rows_do_not_depend_on_their_company(tiny: PreTrainedModel) -> None:
     kinds = {0: "feedback", 2: "block"}
-    first = wrap(tiny, kinds)
-    model = wrap(tiny, kinds, third_rules(first, prompt(3, 5)))
     ids = prompt(4, 6)
-    together = generated(model, ids)
-    assert len(set(together.exit_layers[:, 1:].flatten().tolist())) > 1
+    model, together = mixed(tiny, kinds, ids)
     for row in range(len(ids)):
         alone = generated(model, ids[row : row + 1])
         assert torch.equal(alone.sequences[0], together.sequences[row])
@@ -133,11 +133,7 @@ def test_rows_do_not_depend_on_their_company(tiny: PreTrainedModel) -> None:
 @pytest.mark.parametrize("kinds", [{0: "lens", 2: "block"}, {0: "feedback", 2: "deep"}])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_simulation_equals_decoding(name: str, kinds: dict[int, str]) -> None:
-    base = build_tiny(name)
-    first = wrap(base, kinds)
-    model = wrap(base, kinds, third_rules(first, prompt(3, 5), temperature=1.7))
-    ids = prompt(3, 5)
-    output = generated(model, ids)
+    model, output = mixed(build_tiny(name), kinds, prompt(3, 5), temperature=1.7)
     simulated = model(output.sequences[:, :-1], exits="simulate", exit_start=5)
     assert torch.equal(simulated.exit_layers[:, 4:], output.exit_layers)
     found = simulated.logits[:, 4:].log_softmax(-1)
@@ -165,9 +161,7 @@ def test_exit_start_and_padding_bound_the_simulation(llama: PreTrainedModel) -> 
 
 def test_every_cache_layer_ends_with_the_same_length(tiny: PreTrainedModel) -> None:
     kinds = {0: "feedback", 2: "deep"}
-    first = wrap(tiny, kinds)
-    model = wrap(tiny, kinds, third_rules(first, prompt(3, 5)))
-    cache = generated(model, prompt(3, 5)).past_key_values
+    cache = mixed(tiny, kinds, prompt(3, 5))[1].past_key_values
     assert len(cache.layers) == LAYERS + 3 + 1
     assert {cache.get_seq_length(i) for i in range(len(cache.layers))} == {5 + NEW - 1}
 

@@ -126,15 +126,16 @@ def dtype_name(base: PreTrainedModel) -> str:
     return str(base.dtype).removeprefix("torch.")
 
 
-def dtype_label(base: PreTrainedModel) -> str:
-    """Name what the base computes in: "bfloat16", or "bfloat16/gptq" for a quantised one."""
-    name = dtype_name(base)
-    if not is_quantised(base):
+def dtype_label(model: PreTrainedModel) -> str:
+    """Name what a base or its wrapper computes in: "bfloat16", or "bfloat16/gptq" if quantised."""
+    name = dtype_name(model)
+    if not is_quantised(model):
         return name
-    settings = getattr(base.config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else None
-    method = method or getattr(settings, "quant_method", None) or "quantised"
-    return f"{name}/{getattr(method, 'value', method)}"
+    settings = getattr(model.config, "quantization_config", None)
+    method = getattr(model, "quantization_method", None) or (
+        settings.get("quant_method") if isinstance(settings, dict) else None
+    )
+    return f"{name}/{getattr(method, 'value', method) or 'quantised'}"
 
 
 def _text_config(base: PreTrainedModel) -> Any:

@@ -29,6 +29,7 @@ from sedac_hf.evaluation.scoring import (
     score_documents,
     split_hash,
 )
+from sedac_hf.fingerprint import dtype_label
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
@@ -158,7 +159,7 @@ def certify(
         accepted=outcome.accepted,
         documents=len(chosen),
         left_out=len(documents) - len(chosen),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_label(model),
         kv_mode=model.config.kv_mode,
         splits={"certification": split_hash(chosen)}
         | {name: split_hash(some) for name, some in splits.items()},

@@ -1,4 +1,5 @@
 use super::*;
+use crate::cascade::Rule;
 
 struct Data {
     checkpoints: usize,

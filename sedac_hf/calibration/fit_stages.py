@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from sedac_hf.calibration.documents import Document, encode_texts, read_document
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
 from sedac_hf.calibration.head_training import HeadReport, HeadSchedule, train_head
-from sedac_hf.calibration.measurement import collect_traces, fit_temperatures
+from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import GateReport, fit_probes
 from sedac_hf.calibration.states import BaseStates
@@ -133,7 +134,8 @@ class FitRun:
         self.tokenizer = tokenizer
         self.settings = settings
         self.started = started
-        self.process = PartialState()
+        # Processes wait for the slowest head: hours, not the ten minutes a group allows by default.
+        self.process = PartialState(cpu=base.device.type == "cpu", timeout=timedelta(days=2))
         self.progress = progress and self.process.is_main_process
         self.shell = BaseShell(base)
         self.specs = tuple(settings.checkpoints or default_checkpoints(self.shell.num_layers))
@@ -243,10 +245,20 @@ class FitRun:
         specs, heads, self.report.storage = choose_storage(
             heads, self.shell, states, splits.search, self.settings.storage
         )
+        temperatures = fit_temperatures(heads, self.shell, states, splits.probe, self.draft)
+        self.report.temperatures = temperatures
         fitted = fit_probes(
-            heads, self.shell, states, splits.probe, splits.search, self.draft,
-            rank=self.settings.probe_rank, epsilon=self.settings.epsilon, seed=self.settings.seed,
-        )  # fmt: skip
+            heads,
+            self.shell,
+            states,
+            splits.probe,
+            splits.search,
+            self.draft,
+            rank=self.settings.probe_rank,
+            epsilon=self.settings.epsilon,
+            temperatures=temperatures,
+            seed=self.settings.seed,
+        )
         self.report.gates, self.report.probe_target = fitted.gates, fitted.target
         self._stage("probes")
         model = SedacForCausalLM.from_base(
@@ -259,17 +271,13 @@ class FitRun:
             probe_target=fitted.target,
             probe_rank=self.settings.probe_rank,
         )
-        temperatures = fit_temperatures(heads, self.shell, states, splits.probe, self.draft)
-        self.report.temperatures = temperatures
-        traces = collect_traces(
-            heads, fitted.probes, self.shell, states, splits.search, self.draft, temperatures
-        )
-        traces.save(self.workspace.directory / "traces.safetensors")
+        if self.process.is_main_process:
+            fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = CostModel.from_base(
             self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
         )
         self.policies = choose_policies(
-            model, traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs,
+            model, fitted.traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs,
             rungs=_RUNGS, temperatures=temperatures,
             epsilon=self.settings.epsilon, seed=self.settings.seed,
         )  # fmt: skip
@@ -303,7 +311,8 @@ class FitRun:
 
     def _stage(self, name: str) -> None:
         now = time.monotonic()
-        self.report.seconds = self.workspace.add_seconds(name, now - self._clock)
+        if self.process.is_main_process:
+            self.report.seconds = self.workspace.add_seconds(name, now - self._clock)
         self._clock = now
 
 

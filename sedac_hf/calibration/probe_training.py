@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,11 +127,13 @@ class FittedProbes:
         probes: The probes of the better target.
         target: `"entropy"` or `"divergence"`.
         gates: Reports of all gates at all checkpoints.
+        traces: Traces of the documents that the gates were judged on.
     """
 
     probes: ProbeManager
     target: str
     gates: list[GateReport]
+    traces: Traces
 
 
 def fit_probes(
@@ -144,6 +146,7 @@ def fit_probes(
     *,
     rank: int,
     epsilon: float,
+    temperatures: Sequence[float] | None = None,
     seed: int = 0,
 ) -> FittedProbes:
     """Train probes on both targets and keep those that let more tokens leave.
@@ -157,6 +160,7 @@ def fit_probes(
         draft: Draft vocabulary, token ids.
         rank: Rank of the probes.
         epsilon: Perplexity increase aimed at, as a fraction.
+        temperatures: What each exit's logits are divided by; None means 1.
         seed: Seed of initialisation and batches.
 
     Returns:
@@ -164,34 +168,30 @@ def fit_probes(
     """
     device, budget = shell.base.device, float(np.log1p(epsilon))
     blank = ProbeManager.build(len(heads), states.width, 1).to(device)
-    train = sorted(train, key=lambda i: len(states.documents[i]))
-    seen = collect_traces(heads, blank, shell, states, train, draft)
+    seen = collect_traces(heads, blank, shell, states, train, draft, temperatures)
+    fresh = collect_traces(heads, blank, shell, states, judge, draft, temperatures)
     fitted: dict[str, list[LREProbe]] = {"entropy": [], "divergence": []}
+    risks: dict[str, list[FloatArray]] = {"entropy": [], "divergence": []}
+    gates: list[GateReport] = []
     for column, head in enumerate(heads):
         inputs, entropy = probe_inputs(head, states, train)
-        divergence = torch.from_numpy(seen.divergence[:, column])
-        fitted["entropy"].append(train_probe(inputs, entropy, rank, seed=seed))
-        fitted["divergence"].append(train_probe(inputs, divergence, rank, seed=seed))
-    gates: list[GateReport] = []
-    shares: dict[str, float] = {}
-    for target, probes in fitted.items():
-        manager = ProbeManager(probes).to(device)
-        traces = collect_traces(heads, manager, shell, states, judge, draft)
-        reports = [
-            gate_report(head.layer_idx, target, traces.risk[:, k], traces, k, budget)
-            for k, head in enumerate(heads)
-        ]
-        shares[target] = float(np.mean([report.share for report in reports]))
-        gates += reports
-    gates += [
-        gate_report(
-            head.layer_idx, "probability", 1.0 - traces.probability[:, k], traces, k, budget
-        )
-        for k, head in enumerate(heads)
-    ]
-    better = max(shares, key=lambda target: shares[target])
+        unseen, _ = probe_inputs(head, states, judge)
+        targets = {"entropy": entropy, "divergence": torch.from_numpy(seen.divergence[:, column])}
+        for name, target in targets.items():
+            probe = train_probe(inputs, target, rank, seed=seed)
+            risk: FloatArray = probe(unseen).numpy()
+            fitted[name].append(probe)
+            risks[name].append(risk)
+            gates.append(gate_report(head.layer_idx, name, risk, fresh, column, budget))
+        own = 1.0 - fresh.probability[:, column]
+        gates.append(gate_report(head.layer_idx, "probability", own, fresh, column, budget))
+    shares = {
+        name: float(np.mean([gate.share for gate in gates if gate.gate == name])) for name in fitted
+    }
+    better = max(shares, key=lambda name: shares[name])
     logger.info("probes trained on %s let more tokens leave: %s", better, shares)
-    return FittedProbes(ProbeManager(fitted[better]).to(device), better, gates)
+    traces = replace(fresh, risk=np.stack(risks[better], axis=1).astype(np.float32))
+    return FittedProbes(ProbeManager(fitted[better]).to(device), better, gates, traces)
 
 
 def train_probe(inputs: Tensor, target: Tensor, rank: int, *, seed: int = 0) -> LREProbe:

@@ -12,7 +12,7 @@ type Floats = [f32; LANES];
 type Flags = [u32; LANES];
 
 /// A [`Rule`] and its least probability, with the exceptions folded into the numbers, so that the
-/// loop over lanes has no cases. Same bits as the rule itself for traces as [`regroup`] makes them.
+/// loop over lanes has no cases. Same bits as the rule itself for traces as [`super::blocks`] makes them.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LaneRule {
     /// The rule; where its threshold is 0, another threshold at weight 0.

@@ -13,7 +13,7 @@ import numpy as np
 
 from sedac_hf import _core
 from sedac_hf.calibration.bounds import RiskTarget, TestResult
-from sedac_hf.calibration.policy_search import Policy
+from sedac_hf.calibration.pareto import Policy
 from sedac_hf.errors import CertificateError, SedacError
 from sedac_hf.files import write_atomically
 

@@ -33,7 +33,7 @@ from sedac_hf.fingerprint import dtype_label
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
-    from sedac_hf.calibration.policy_search import Policy
+    from sedac_hf.calibration.pareto import Policy
     from sedac_hf.modeling import SedacForCausalLM
 
 __all__ = ["WalkResult", "certify", "walk"]

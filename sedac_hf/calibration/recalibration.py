@@ -38,7 +38,7 @@ def calibrate(
     target: RiskTarget | None = None,
     search_share: float = 0.3,
     held_out_share: float = 0.1,
-    rungs: int = 10,
+    rungs: int = 8,
     costs: CostModel | None = None,
     batch_tokens: int | None = None,
     seed: int = 0,

@@ -193,20 +193,42 @@ def test_verify_gives_a_row_for_each_policy():
     assert verify(model, some, []).shape == (0, 10)
 
 
-def test_choice_corrects_for_what_the_replay_does_not_see(monkeypatch):
-    """The replay says half of the truth; the walk is spaced by the truth."""
-    front = [policy(t) for t in np.linspace(0.0005, 0.03, 60)]
-    monkeypatch.setattr("sedac_hf.calibration.policy_search.pareto_front", lambda *_, **__: front)
+@pytest.fixture
+def half_the_truth(monkeypatch):
+    """A front whose replay says half of what the true forward finds; counts what is verified."""
+    front = [policy(float(t)) for t in np.linspace(0.0005, 0.03, 60)]
+    verified = []
+    home = "sedac_hf.calibration.policy_search."
+    monkeypatch.setattr(home + "pareto_front", lambda *_, **__: front)
 
     def twice(model, some, policies, **_):
-        return np.stack([np.full(4, 2 * p.cascade.layers[0].threshold) for p in policies])
+        thresholds = [p.cascade.layers[0].threshold for p in policies]
+        verified.extend(thresholds)
+        return np.stack([np.full(4, 2 * threshold) for threshold in thresholds])
 
-    monkeypatch.setattr("sedac_hf.calibration.policy_search.verify", twice)
+    monkeypatch.setattr(home + "verify", twice)
+    return verified
+
+
+def test_choice_corrects_for_what_the_replay_does_not_see(half_the_truth):
     chosen = choose_policies(FakeModel(), None, documents(4), None, rungs=6, margin=1.5)
     limit = math.log1p(0.01)
-    assert 4 <= len(chosen) <= 6
+    assert len(chosen) == 6
     assert chosen[-1].estimated_delta <= 1.5 * limit
     assert any(limit < p.estimated_delta for p in chosen)
     for chosen_policy in chosen:
         threshold = chosen_policy.cascade.layers[0].threshold
         assert chosen_policy.estimated_delta == pytest.approx(2 * threshold)
+    assert len(half_the_truth) == len(set(half_the_truth))
+
+
+def test_choice_stops_verifying_when_time_is_up(half_the_truth):
+    settings = {"rungs": 6, "margin": 1.5}
+    whole = choose_policies(FakeModel(), None, documents(4), None, **settings)
+    half_the_truth.clear()
+    hasty = choose_policies(
+        FakeModel(), None, documents(4), None, deadline=time.monotonic(), **settings
+    )
+    assert len(half_the_truth) == 3
+    assert [p.cascade for p in hasty] == [p.cascade for p in whole]
+    assert hasty[-1].estimated_delta == pytest.approx(whole[-1].estimated_delta)

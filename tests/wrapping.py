@@ -49,7 +49,9 @@ def wrap(
     specs = [spec_of(layer, kind) for layer, kind in kinds.items()]
     cascade = CascadeConfig(list(rules or [rule(layer) for layer in kinds]))
     values = {"self_check": False, **values}
-    model = SedacForCausalLM.from_base(base, specs, cascade, **values)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        model = SedacForCausalLM.from_base(base, specs, cascade, **values)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for module in (model.exit_heads, model.probes):

@@ -62,9 +62,9 @@ class StackedKV:
         self._head_dim = int(cast(Any, parts[0].attention).head_dim)
         self._heads = parts[0].k_proj.out_features // self._head_dim
         self._weight = torch.cat([_folded(part) for part in parts])
-        biases = [_biases(part) for part in parts]
-        has_bias = any(part.k_proj.bias is not None for part in parts)
-        self._bias = torch.cat(biases) if has_bias else None
+        projections = [p for part in parts for p in (part.k_proj, part.v_proj)]
+        has_bias = any(projection.bias is not None for projection in projections)
+        self._bias = torch.cat([_biases(part) for part in parts]) if has_bias else None
         self._key_scale, self._key_eps = _key_norms(parts)
         self._rotary = [part.rotary for part in parts]
         self._rotate = _rotary_function(parts[0].attention)

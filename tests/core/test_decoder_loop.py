@@ -66,7 +66,7 @@ def mixed(
     plain = wrap(base, kinds, [rule(layer, 0.0) for layer in kinds])
     text = generated(plain, ids, sedac_mode="plain", **values).sequences
     risks = plain(text, exits="simulate").risks[:, ids.shape[1] :]
-    for share in (0.35, 0.5, 0.65, 0.2, 0.8, 0.9):
+    for share in (0.35, 0.5, 0.65, 0.2, 0.8, 0.9, 0.1, 0.42, 0.58):
         rules = [
             rule(layer, 2 * float(risks[..., k].quantile(share)), temperature=temperature)
             for k, layer in enumerate(kinds)
@@ -133,7 +133,7 @@ def test_rows_do_not_depend_on_their_company(tiny: PreTrainedModel) -> None:
 @pytest.mark.parametrize("kinds", [{0: "lens", 2: "block"}, {0: "feedback", 2: "deep"}])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_simulation_equals_decoding(name: str, kinds: dict[int, str]) -> None:
-    model, output = mixed(build_tiny(name), kinds, prompt(3, 5), temperature=1.7)
+    model, output = mixed(build_tiny(name), kinds, prompt(3, 5), temperature=1.7, sample=True)
     simulated = model(output.sequences[:, :-1], exits="simulate", exit_start=5)
     assert torch.equal(simulated.exit_layers[:, 4:], output.exit_layers)
     found = simulated.logits[:, 4:].log_softmax(-1)

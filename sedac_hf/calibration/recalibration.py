@@ -97,6 +97,7 @@ def calibrate(
         trace_documents(model, search, progress=progress),
         search,
         costs,
+        temperatures=_temperatures(model),
         epsilon=target.epsilon,
         rungs=rungs,
         seed=seed,
@@ -123,6 +124,8 @@ def trace_documents(
 ) -> Traces:
     """Traces of every possible exit on documents; the base's states are kept on disk meanwhile.
 
+    Exits speak at the temperatures of the model's present rules.
+
     Args:
         model: A wrapped model with exit heads.
         documents: The documents.
@@ -141,5 +144,16 @@ def trace_documents(
         states = BaseStates(Path(folder), documents, layers, width)
         states.record(model.shell, progress=progress)
         return collect_traces(
-            heads, model.probes, model.shell, states, range(len(documents)), draft
+            heads,
+            model.probes,
+            model.shell,
+            states,
+            range(len(documents)),
+            draft,
+            _temperatures(model),
         )
+
+
+def _temperatures(model: SedacForCausalLM) -> list[float] | None:
+    """Temperatures of the exits, which belong to the heads and stay as they are."""
+    return [layer.temperature for layer in model.cascade.layers] if model.cascade else None

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -80,6 +82,18 @@ def test_a_model_gets_thresholds_a_certificate_and_uses_them():
     # What was certified is what acts now.
     found = score_documents(model, some, exits="simulate")
     assert found.exit_share > 0
+
+
+def test_temperatures_belong_to_the_heads_and_stay():
+    model, some = wrapped_llama(), random_documents(4)
+    cold = trace_documents(model, some).delta_nll
+    layers = [replace(layer, temperature=2.0) for layer in model.cascade.layers]
+    model.set_cascade(replace(model.cascade, layers=layers))
+    assert np.abs(trace_documents(model, some).delta_nll - cold).max() > 0.1
+    certificate = calibrate(model, random_documents(40), costs=generous_costs(), rungs=2)
+    assert certificate.walk
+    for rung in certificate.walk:
+        assert [layer.temperature for layer in rung.policy.cascade.layers] == [2.0, 2.0]
 
 
 def test_exits_go_off_when_nothing_passes():

@@ -36,7 +36,7 @@ from sedac_hf.artefact_format import (
 )
 from sedac_hf.artefact_loading import load
 from sedac_hf.artefact_parts import artefact_tensors
-from sedac_hf.base_resolution import OWN_BASE, cached_commit, portable_base_name
+from sedac_hf.base_resolution import OWN_BASE, cached_commit, has_tokenizer, portable_base_name
 from sedac_hf.calibration.certificate import Certificate
 from sedac_hf.errors import ArtefactError, CertificateError
 from sedac_hf.fingerprint import fingerprint
@@ -224,19 +224,18 @@ def _check_thresholds(certificate: Certificate, tensors: Mapping[str, Tensor]) -
 
 
 def _find_tokenizer(model: SedacForCausalLM) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of the model's artefact or of its base, without a download."""
-    places: list[tuple[str, str | None]] = []
+    """The tokenizer of the model's artefact or of its base."""
+    pinned = model.config.base_model_revision
+    names = [model.base.config.name_or_path, model.config.base_model_name_or_path]
+    places = [(name, pinned or cached_commit(name)) for name in dict.fromkeys(names) if name]
     if model.origin is not None:
-        places.append((str(model.origin.directory), None))
-    for name in (model.base.config.name_or_path, model.config.base_model_name_or_path):
-        if name:
-            places.append((name, model.config.base_model_revision))
+        places.insert(0, (str(model.origin.directory), None))
     for name, revision in places:
         try:
-            return AutoTokenizer.from_pretrained(
-                name, revision=None if os.path.isdir(name) else revision, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError) as error:
+            # Without its files transformers would make up an empty tokenizer for some models.
+            if has_tokenizer(name, revision):
+                return AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError) as error:
             logger.debug("no tokenizer in %s: %s", name, error)
     logger.warning(
         "No tokenizer was found beside the model, so none is saved and pipeline() will not find "

@@ -37,6 +37,7 @@ __all__ = [
     "cached_commit",
     "fetch_artefact",
     "find_base",
+    "has_tokenizer",
     "is_hub_name",
     "load_base",
     "pinned_revision",
@@ -140,6 +141,13 @@ def read_config_of(source: str, options: HubOptions) -> Path | None:
         **options.shared(),
     )
     return Path(path) if path else None
+
+
+def has_tokenizer(name: str, revision: str | None) -> bool:
+    """Whether a folder or a repository holds a tokenizer of its own."""
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    files = ("tokenizer_config.json", "tokenizer.json")
+    return any(cached_file(name, file, **options) is not None for file in files)
 
 
 def fetch_artefact(source: str, options: HubOptions) -> Path:

@@ -18,24 +18,24 @@ from tests.tiny_models import VOCABULARY, build_tiny
 from tests.wrapping import wrap
 
 KINDS = {0: "feedback", 1: "lens", 2: "block"}
-RULES = [LayerConfig(0, 0.71, decay=0.9), LayerConfig(1, 0.8), LayerConfig(2, 0.9, weight=1.5)]
+RULES = [LayerConfig(0, 0.5), LayerConfig(1, 2.0), LayerConfig(2, 2.5, weight=1.5)]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}w5{% endif %}"
+    "{% if add_generation_prompt %}w05{% endif %}"
 )
 
 
 def make_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
-    """A tokenizer of as many words (w0, w1, ...) as the tiny models know."""
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    """A tokenizer of as many words (w00, w01, ...) as the tiny models know."""
+    words = {f"w{i:02d}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w03"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="w1",
-        eos_token="w2",
-        pad_token="w0",
-        unk_token="w3",
+        bos_token="w01",
+        eos_token="w02",
+        pad_token="w00",
+        unk_token="w03",
     )
     if chat:
         fast.chat_template = CHAT_TEMPLATE
@@ -51,8 +51,8 @@ def save_base(
     return folder
 
 
-def load_base(folder: Path, **options: Any) -> PreTrainedModel:
-    """Load a base as transformers does."""
+def load_base(folder: Path | str, **options: Any) -> PreTrainedModel:
+    """Load a base, from a folder or by name, as transformers does."""
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, **options)
     return base
 

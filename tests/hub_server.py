@@ -44,9 +44,13 @@ ROUTES = {
 
 @dataclass
 class Repository:
-    """One model repository: its commits, oldest first, and where its branches point."""
+    """One model repository: its commits, oldest first, and where its branches point.
 
-    private: bool = False
+    Attributes:
+        token: Token without which it is not to be seen; None for a public repository.
+    """
+
+    token: str | None = None
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -78,7 +82,7 @@ class HubServer:
     """The server; a context manager that listens on a free port while it is entered."""
 
     def __init__(self, token: str = "hf_loopback") -> None:
-        """Prepare an empty Hub on which `token` may write and see private repositories."""
+        """Prepare an empty Hub on which `token` may write."""
         self.token = token
         self.repositories: dict[str, Repository] = {}
         self.lfs_objects: dict[str, bytes] = {}
@@ -120,14 +124,14 @@ class HubServer:
             "HF_HUB_OFFLINE": "1" if offline else "0",
         }
 
-    def add_folder(self, repo: str, folder: Path, *, private: bool = False) -> str:
+    def add_folder(self, repo: str, folder: Path) -> str:
         """Publish a folder as a new commit on `main`; return the commit's hash."""
         files = {
             str(path.relative_to(folder)): path.read_bytes()
             for path in folder.rglob("*")
             if path.is_file()
         }
-        repository = self.repositories.setdefault(repo, Repository(private))
+        repository = self.repositories.setdefault(repo, Repository())
         return repository.add_commit(files)
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -211,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _find(self, repo: str, rev: str = "main") -> tuple[Repository, str] | None:
         """Look up a repository and a commit of it; answer with the Hub's error when absent."""
         repository = self.hub.repositories.get(repo)
-        if repository is None or (repository.private and self._token != self.hub.token):
+        if repository is None or repository.token not in (None, self._token):
             self._fail(HTTPStatus.NOT_FOUND, "RepoNotFound", f"Repository {repo} not found")
             return None
         sha = repository.resolve(rev)
@@ -238,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer["error"] = "You already created this model repo"
             self._json(answer, HTTPStatus.CONFLICT)
             return
-        repository = Repository(private=bool(wanted.get("private")))
+        repository = Repository(token=self.hub.token if wanted.get("private") else None)
         repository.add_commit({".gitattributes": b"*.safetensors filter=lfs\n"})
         self.hub.repositories[repo] = repository
         self._json(answer)
@@ -307,7 +311,7 @@ class _Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in sorted(repository.commits[sha])]
         self._json({
             "_id": repo, "id": repo, "modelId": repo, "sha": sha,
-            "private": repository.private, "tags": [], "siblings": siblings,
+            "private": repository.token is not None, "tags": [], "siblings": siblings,
         })  # fmt: skip
 
     def _tree(self, repo: str, rev: str, path: str | None = None) -> None:

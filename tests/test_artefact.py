@@ -588,15 +588,23 @@ def test_arguments_of_transformers_are_taken_and_unknown_ones_refused(
 def test_the_tokenizer_is_found_or_given(base_folder: Path, tmp_path: Path) -> None:
     model = wrap_base(load_base(base_folder))
     model.save_pretrained(tmp_path / "found")
-    assert AutoTokenizer.from_pretrained(tmp_path / "found").convert_tokens_to_ids("w7") == 7
+    assert AutoTokenizer.from_pretrained(tmp_path / "found").convert_tokens_to_ids("w07") == 7
     model.save_pretrained(tmp_path / "given", tokenizer=make_tokenizer(chat=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "given").chat_template
     assert "apply_chat_template" in (tmp_path / "given" / "README.md").read_text()
 
 
-def test_without_a_tokenizer_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    wrap_base(build_tiny("llama")).save_pretrained(tmp_path / "out")
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_without_a_tokenizer_none_is_made_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, on_disk: bool
+) -> None:
+    base = build_tiny("llama")
+    if on_disk:
+        base.save_pretrained(tmp_path / "base")
+        base = load_base(tmp_path / "base")
+    wrap_base(base).save_pretrained(tmp_path / "out")
     assert "No tokenizer" in warnings_in(caplog)
+    assert not list((tmp_path / "out").glob("token*"))
 
 
 def test_results_stay_with_the_artefact_and_add_up(base_folder: Path, tmp_path: Path) -> None:

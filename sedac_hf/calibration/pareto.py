@@ -134,7 +134,7 @@ def _usable_documents(traces: Traces) -> npt.NDArray[np.bool_]:
 
 
 def _merged(kept: _Scored, more: _Scored) -> _Scored:
-    """The Pareto front of two sets of scored policies."""
+    """The Pareto front of two sets of scored policies, those without a finite delta left out."""
     vectors = kept[0].concatenated(more[0])
     delta, share, cost = (np.concatenate(pair) for pair in zip(kept[1:], more[1:], strict=True))
     best = pareto_indices(delta, cost)
@@ -144,7 +144,7 @@ def _merged(kept: _Scored, more: _Scored) -> _Scored:
 def _evaluate(
     vectors: PolicyVectors, traces: Traces, costs: CostModel, usable: npt.NDArray[np.bool_]
 ) -> _Scored:
-    """Replay policies; drop those that save nothing or whose delta is not finite."""
+    """Replay policies and drop those that save nothing."""
     delta, share, cost = (np.empty(len(vectors)) for _ in range(3))
     tokens = int(np.count_nonzero(traces.eligible))
     for part in _chunks(len(vectors)):
@@ -164,7 +164,7 @@ def _evaluate(
         delta[part] = out["doc_delta"][:, usable].mean(axis=1, dtype=np.float64)
         share[part] = out["exits"].sum(axis=1) / tokens
         cost[part] = costs.expected(out["exits"], out["tries"], some.min_probability > 0, tokens)
-    good = np.flatnonzero(np.isfinite(delta) & (cost < 1.0) & (share > 0.0))
+    good = np.flatnonzero((cost < 1.0) & (share > 0.0))
     return vectors.selected(good), delta[good], share[good], cost[good]
 
 

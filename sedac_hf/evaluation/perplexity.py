@@ -30,6 +30,9 @@ __all__ = ["PerplexityResult", "as_documents", "evaluate", "exits_act", "paired_
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a text without a prompt that generation starts from when speed is measured.
+_TEXT_PROMPT = 32
+
 
 @dataclass(frozen=True)
 class PerplexityResult:
@@ -205,7 +208,7 @@ def evaluate(
     )
     timing = None
     if speed:
-        prompts = [d.ids[: max(1, d.prompt_length)].tolist() for d in chosen]
+        prompts = [_prompt(document) for document in chosen]
         timing = benchmark(
             model, prompts, mode=mode, max_new_tokens=max_new_tokens, rounds=rounds, seed=seed
         )
@@ -257,6 +260,12 @@ def as_documents(
             f"none of {len(documents)} texts has at least 2 tokens; pass longer texts."
         )
     return ready
+
+
+def _prompt(document: Document) -> list[int]:
+    """What generation starts from: the prompt, or the beginning of a text that has none."""
+    length = document.prompt_length or min(_TEXT_PROMPT, len(document) // 2)
+    return [int(token) for token in document.ids[: max(1, length)]]
 
 
 def _exp(value: float | np.floating[npt.NBitBase]) -> float:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import json
 import math
 
+import numpy as np
 import pytest
 
+from sedac_hf.calibration.documents import Document
 from sedac_hf.errors import CalibrationError, ModeError, SedacError
 from sedac_hf.evaluation.perplexity import evaluate
 from sedac_hf.evaluation.report import load_report, save_report
@@ -72,6 +74,16 @@ def test_the_file_is_the_report(report):
     assert load_report(folder) == found
     assert load_report(folder / "results.json") == found
     assert [path.name for path in folder.iterdir()] == ["results.json"]
+
+
+def test_speed_starts_from_prompts_or_the_beginning_of_texts(model):
+    rng = np.random.default_rng(0)
+    some = [
+        Document(rng.integers(3, 90, size), prompt_length=prompt)
+        for size, prompt in ((12, 5), (12, 0), (100, 0), (2, 0))
+    ]
+    found = evaluate(model, some, max_new_tokens=1, rounds=1)
+    assert found["speed"]["prompt_lengths"] == [5, 6, 32, 1]
 
 
 def test_exact_mode_has_the_perplexity_of_the_base(model):

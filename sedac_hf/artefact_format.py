@@ -119,8 +119,14 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise ArtefactError(f"{target} is a file; give a folder to save the artefact in.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        workspace = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ArtefactError(
+            f"{target} cannot be written: no folder can be made beside it ({error}). Save into a "
+            "folder whose parent is yours to write."
+        ) from error
     try:
         fresh = workspace / "new"
         fresh.mkdir()

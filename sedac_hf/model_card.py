@@ -90,6 +90,7 @@ def model_card(source: CardSource) -> ModelCard:
         base_link=link,
         base_note=source.base_note,
         size=_size(source.size),
+        summary=_summary(source),
         checkpoints=[_checkpoint(point) for point in config.get("checkpoints") or []],
         depth=(config.get("text_config") or {}).get("num_hidden_layers", "?"),
         chat=source.chat,
@@ -236,7 +237,17 @@ def _conditions(results: Mapping[str, Any]) -> str:
     return "; ".join(parts) + (f" ({where})." if where else ".")
 
 
+def _summary(source: CardSource) -> str:
+    count = len(source.config.get("checkpoints") or [])
+    each = "checkpoint" if count == 1 else "checkpoints, each"
+    parts = f"{count} {each} with a risk probe and an exit head"
+    rules = ", the thresholds of the cascade, and the certificate" if source.certificate else ""
+    return parts + (rules or ", and the thresholds of the cascade")
+
+
 def _scope(source: CardSource) -> str:
+    if not source.results:
+        return "No record says on which texts these exits were fitted; measure them on your own."
     texts = _texts(source.results)
     verb = "Certified and measured" if source.certified else "Fitted and measured"
     return f"{verb} on {texts}. On text of another kind the same thresholds may cost more or less."

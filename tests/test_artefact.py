@@ -386,7 +386,7 @@ def test_rules_set_by_hand_act_again(base_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_certificate_for_other_thresholds_is_not_saved(base_folder: Path, tmp_path: Path) -> None:
-    other = CascadeConfig([replace(RULES[0], threshold=0.5), *RULES[1:]])
+    other = CascadeConfig([replace(RULES[0], threshold=0.4), *RULES[1:]])
     with pytest.raises(CertificateError, match=r"cascade\.threshold"):
         wrap_base(load_base(base_folder)).save_pretrained(
             tmp_path / "artefact", certificate=issue(other)

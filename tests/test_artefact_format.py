@@ -290,6 +290,15 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
     assert path.read_text() == "x"
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(ArtefactError, match="no folder can be made beside it"),
+        atomic_directory(tmp_path / "file" / "artefact"),
+    ):
+        pytest.fail("the block must not run")
+
+
 def test_a_new_folder_has_ordinary_permissions(folder: Path, tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()

@@ -133,6 +133,7 @@ def test_without_results_nothing_is_invented() -> None:
     text = text_of(SOURCE)
     assert "## Measured" not in text
     assert "no record of the fit" in text
+    assert "wrote itself" not in text
     assert not re.search(r"\b(None|nan|undefined)\b", text)
 
 
@@ -154,7 +155,9 @@ def test_checkpoints_are_listed() -> None:
     assert "| embedding of 30 | 1 decoder layer | yes | whole |" in text
     assert "| 4 of 30 | 2 decoder layers | no | rank-16 delta |" in text
     assert "| 12 of 30 | lens of rank 64 | no | whole |" in text
-    assert "(12.4 MB)" in text
+    assert "(12.4 MB): 3 checkpoints, each with a risk probe" in text
+    single = text_of(replace(SOURCE, config=CONFIG | {"checkpoints": CONFIG["checkpoints"][:1]}))
+    assert ": 1 checkpoint with a risk probe" in single
 
 
 def test_a_certificate_is_stated_with_its_conditions() -> None:

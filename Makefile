@@ -17,7 +17,7 @@ VENV ?= .venv
 SYSTEM_SITE ?= 0
 TORCH_INDEX ?=
 MODEL_SOURCE ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadscope
 DEMO_ARGS ?=
 
 PY := $(VENV)/bin/python

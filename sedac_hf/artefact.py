@@ -50,7 +50,10 @@ __all__ = ["artefact_tensors", "load", "push", "save"]
 
 logger = logging.getLogger(__name__)
 
-_REMOTE_CODE = "from sedac_hf import SedacConfig, SedacForCausalLM  # noqa: F401\n"
+_REMOTE_CODE = (
+    '"""Lets transformers load this artefact without importing sedac_hf first."""\n\n'
+    "from sedac_hf import SedacConfig, SedacForCausalLM  # noqa: F401\n"
+)
 _AUTO_MAP = {
     "AutoConfig": "modeling_sedac.SedacConfig",
     "AutoModelForCausalLM": "modeling_sedac.SedacForCausalLM",

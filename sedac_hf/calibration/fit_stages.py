@@ -33,6 +33,7 @@ from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.exit_heads import build_exit_head
 from sedac_hf.errors import CalibrationError
+from sedac_hf.fingerprint import fingerprint
 from sedac_hf.modeling import SedacForCausalLM
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 # Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
 _TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.62
 # True forwards over documents are what the last stages cost: few policies, few search documents.
-_RUNGS, _SEARCH_DOCUMENTS = 4, 48
+_RUNGS, _SEARCH_DOCUMENTS = 4, 32
 _MIN_DOCUMENTS = 40
 
 
@@ -270,6 +271,7 @@ class FitRun:
             mode="certified",
             probe_target=fitted.target,
             probe_rank=self.settings.probe_rank,
+            fingerprint=fingerprint(self.base),
         )
         if self.process.is_main_process:
             fitted.traces.save(self.workspace.directory / "traces.safetensors")

@@ -11,6 +11,8 @@ import numpy as np
 from sedac_hf.calibration.documents import Document, split_documents
 from sedac_hf.errors import CalibrationError
 
+_HELD_OUT = 0.06  # share of documents on which the deployed policy is looked at once more
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -21,6 +23,7 @@ class Splits:
     probe: list[int]
     search: list[int]
     certify: list[int]
+    held_out: list[int]
 
     def of(self, rows: Sequence[int]) -> list[Document]:
         """The documents at some indices."""
@@ -28,16 +31,29 @@ class Splits:
 
 
 def split_for_fit(documents: list[Document], seed: int) -> Splits:
-    """Deal documents to heads, probes, search and certification, the last at the list's end."""
+    """Deal documents to heads, probes, search, certification and the check of what was certified.
+
+    The last two stand at the list's end: nothing before certification may see them.
+
+    Args:
+        documents: All documents, none twice.
+        seed: Seed of the deal.
+
+    Returns:
+        The splits.
+
+    Raises:
+        CalibrationError: If a split would be empty.
+    """
     certify_share = min(max(0.2, 240 / len(documents)), 0.4)
-    rest = 1.0 - certify_share
+    rest = 1.0 - certify_share - _HELD_OUT
     shares = [0.76 * rest, 0.12 * rest, 0.12 * rest, certify_share]
-    parts = split_documents(documents, [*shares[:3], 1.0 - sum(shares[:3])], seed=seed)
+    parts = split_documents(documents, [*shares, 1.0 - sum(shares)], seed=seed)
     ordered = [document for part in parts for document in part]
     edges = np.cumsum([0, *(len(part) for part in parts)]).tolist()
     spans = [list(range(a, b)) for a, b in pairwise(edges)]
     if min(map(len, spans)) == 0:
         raise CalibrationError(
-            f"{len(documents)} documents are too few to split into four parts; give more texts"
+            f"{len(documents)} documents are too few to split into five parts; give more texts"
         )
     return Splits(ordered, *spans)

@@ -187,7 +187,8 @@ class FitRun:
     def states(self, splits: Splits) -> BaseStates:
         """The base's states over every document that heads, probes and search need."""
         self.report.documents = {
-            name: len(getattr(splits, name)) for name in ("train", "probe", "search", "certify")
+            name: len(getattr(splits, name))
+            for name in ("train", "probe", "search", "certify", "held_out")
         }
         width = int(self.base.config.get_text_config().hidden_size)
         layers = [spec.layer_idx for spec in self.specs]
@@ -288,21 +289,21 @@ class FitRun:
 
     def certificate(
         self, model: SedacForCausalLM, splits: Splits, target: RiskTarget
-    ) -> Certificate | None:
+    ) -> Certificate:
         """Walk the policies on fresh documents and set the model to the last that passed."""
-        if not self.policies:
-            logger.warning(
-                "no policy saves time within the perplexity bound: exits stay off in certified mode"
-            )
-            return None
         certificate = certify(
             model,
             splits.of(splits.certify),
             self.policies,
             target=target,
+            held_out=splits.of(splits.held_out),
             other_splits={
                 name: splits.of(getattr(splits, name)) for name in ("train", "probe", "search")
             },
+            # Late or not, the walk gets its share: without a certificate all else was for nothing.
+            deadline=max(
+                self.deadline(1.0), time.monotonic() + 0.15 * self.settings.budget_seconds
+            ),
             progress=self.progress,
         )
         if certificate.policy is not None:

@@ -61,10 +61,11 @@ def test_shares_must_add_up() -> None:
         split_documents(numbered(4), [0.5, 0.4], seed=0)
 
 
-def test_fit_keeps_certification_documents_behind_all_others() -> None:
+def test_fit_keeps_certification_and_held_out_documents_behind_all_others() -> None:
     splits = split_for_fit(numbered(200), seed=1)
     assert splits.train[0] == 0
-    assert splits.certify == list(range(splits.certify[0], 200))
+    assert splits.certify == list(range(splits.certify[0], splits.held_out[0]))
+    assert splits.held_out == list(range(splits.held_out[0], 200))
     assert splits.certify[0] == splits.search[-1] + 1
     assert len(splits.certify) == 80
     with pytest.raises(CalibrationError, match="too few"):

@@ -325,7 +325,7 @@ def run_demo(
     seed_everything(seed)
     answers = []
     for prompt in DEMO_PROMPTS:
-        screen.out.print(f"\n> {prompt}", style="bold", markup=False)
+        screen.out.print(f"\n> {prompt}", style="bold", markup=False, soft_wrap=True)
         result = write_text(
             loaded,
             encode_prompt(loaded, prompt),

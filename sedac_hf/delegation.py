@@ -7,12 +7,33 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
 
-from sedac_hf.errors import ModeError
+from sedac_hf.config import SedacConfig
+from sedac_hf.errors import ConfigError, ModeError
 
-__all__ = ["BaseDelegation", "accepted_arguments", "refuse_early_exit_assistant"]
+__all__ = [
+    "BaseDelegation",
+    "accepted_arguments",
+    "mirror_base",
+    "refuse_early_exit_assistant",
+    "untrained_base",
+]
+
+_MIRRORED = (
+    "_supports_sdpa",
+    "_supports_flash_attn",
+    "_supports_flex_attn",
+    "_supports_attention_backend",
+    "supports_gradient_checkpointing",
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "hf_device_map",
+)
 
 
 class BaseDelegation:
@@ -146,3 +167,33 @@ def refuse_early_exit_assistant(
             "configuration and leaves it so after an error. Use sedac_mode='exact' to draft with "
             "exits, or call model.base.generate yourself."
         )
+
+
+def mirror_base(model: nn.Module, base: nn.Module) -> None:
+    """Give the wrapper those attributes by which transformers tells what a model can do.
+
+    Args:
+        model: The wrapper.
+        base: The base model.
+    """
+    for name in _MIRRORED:
+        if hasattr(base, name):
+            object.__setattr__(model, name, getattr(base, name))
+
+
+def untrained_base(config: SedacConfig) -> nn.Module:
+    """A base from the configuration alone.
+
+    Args:
+        config: A configuration with the base's own as `text_config`.
+
+    Raises:
+        ConfigError: If it has none.
+    """
+    if config.text_config is None:
+        raise ConfigError(
+            "This SedacConfig names no base architecture (text_config is missing). Build it with "
+            "SedacConfig.from_base_config, or load an artefact with from_pretrained."
+        )
+    auto: Any = AutoModelForCausalLM
+    return cast(nn.Module, auto.from_config(config.text_config))

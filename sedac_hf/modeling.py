@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 from sedac_hf.artefact_methods import ArtefactMethods
@@ -24,9 +24,11 @@ from sedac_hf.core.support import check_supported, unwrap_adapter
 from sedac_hf.delegation import (
     BaseDelegation,
     accepted_arguments,
+    mirror_base,
     refuse_early_exit_assistant,
+    untrained_base,
 )
-from sedac_hf.errors import ConfigError, ModeError
+from sedac_hf.errors import ModeError
 from sedac_hf.generation.finish import finish_generation
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor
 from sedac_hf.modes import ModeControl
@@ -36,20 +38,6 @@ if TYPE_CHECKING:
     from sedac_hf.calibration.certificate import Certificate
 
 __all__ = ["SedacForCausalLM"]
-
-_MIRRORED = (
-    "_supports_sdpa",
-    "_supports_flash_attn",
-    "_supports_flex_attn",
-    "_supports_attention_backend",
-    "supports_gradient_checkpointing",
-    "hf_quantizer",
-    "quantization_method",
-    "is_quantized",
-    "is_loaded_in_4bit",
-    "is_loaded_in_8bit",
-    "hf_device_map",
-)
 
 
 class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
@@ -100,12 +88,9 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             UnsupportedModelError: If the base is of a kind that exits cannot work on.
         """
         built = base is None
-        base = _untrained_base(config) if base is None else unwrap_adapter(base)
+        base = untrained_base(config) if base is None else unwrap_adapter(base)
         check_supported(base)
-        for name in _MIRRORED:
-            if hasattr(base, name):
-                # Before the constructor of PreTrainedModel, which looks at some of them.
-                object.__setattr__(self, name, getattr(base, name))
+        mirror_base(self, base)  # before the constructor of PreTrainedModel, which looks at it
         super().__init__(config)
         self._base_is_ours = built
         # First, since dtype and device of a model are those of its first parameter.
@@ -326,6 +311,14 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             processors.insert(0, SedacLogitsProcessor(session, depth, count))
         return processors
 
+    def _assisted_decoding(self, *args: Any, **kwargs: Any) -> Any:
+        """Verify what an assistant drafted; at full depth, whatever the length of the draft."""
+        session = active_session(self)
+        if session is not None:
+            session.cascade = None
+        own: Any = super()
+        return own._assisted_decoding(*args, **kwargs)
+
     def init_weights(self) -> None:
         """Initialise weights only where this model built the base itself."""
         # On a base that was handed in, this would reset adapters and tie what was untied.
@@ -335,14 +328,3 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived from the rest and cannot be copied."""
         return {**self.__dict__, "_assembly": None}
-
-
-def _untrained_base(config: SedacConfig) -> nn.Module:
-    """A base from the configuration alone."""
-    if config.text_config is None:
-        raise ConfigError(
-            "This SedacConfig names no base architecture (text_config is missing). Build it with "
-            "SedacConfig.from_base_config, or load an artefact with from_pretrained."
-        )
-    auto: Any = AutoModelForCausalLM
-    return cast(nn.Module, auto.from_config(config.text_config))

@@ -15,6 +15,7 @@ from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
 from sedac_hf.modeling import SedacForCausalLM
 from tests.slow_reference import SlowReference, Walk
 
+NEW = 7  # new tokens; beyond the sliding windows of the tiny models
 ALWAYS = 1e9  # a threshold at which every finite risk is safe
 
 
@@ -152,3 +153,42 @@ def exits_by_hand(
             before = before * seen[..., None]
         found = walk(stop, before)
     return found
+
+
+def generated(model: SedacForCausalLM, ids: Tensor, sample: bool = False, **values: Any) -> Any:
+    """Generate; sampled text of a random model is more varied than its greedy text."""
+    torch.manual_seed(11)
+    choice = {"temperature": 2.0, "top_k": 0} if sample else {}
+    return model.generate(
+        ids,
+        max_new_tokens=NEW,
+        do_sample=sample,
+        **choice,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **values,
+    )
+
+
+def mixed(
+    base: PreTrainedModel,
+    kinds: dict[int, str],
+    ids: Tensor,
+    temperature: float = 1.0,
+    **values: Any,
+) -> tuple[SedacForCausalLM, Any]:
+    """A model under whose rules some tokens leave and others do not, and what it generated."""
+    plain = wrap(base, kinds, [rule(layer, 0.0) for layer in kinds])
+    text = generated(plain, ids, sedac_mode="plain", **values).sequences
+    risks = plain(text, exits="simulate").risks[:, ids.shape[1] :]
+    for share in (0.35, 0.5, 0.65, 0.2, 0.8, 0.9, 0.1, 0.42, 0.58):
+        rules = [
+            rule(layer, 2 * float(risks[..., k].quantile(share)), temperature=temperature)
+            for k, layer in enumerate(kinds)
+        ]
+        model = wrap(base, kinds, rules)
+        output = generated(model, ids, **values)
+        if len(set(output.exit_layers[:, 1:].flatten().tolist())) > 1:
+            return model, output
+    raise AssertionError("no threshold parts the tokens of this model")

@@ -73,7 +73,7 @@ class ExitCache:
         del layers[self._num_layers :]
         layers.extend(copy.deepcopy(layers[template]) for template in self._templates)
         if self.has_feedback:
-            layers.append(_states_layer_like(layers[0], cache))
+            layers.append(_states_layer_like(layers[0]))
         setattr(cache, _MARK, self._layout)
         return True
 
@@ -104,17 +104,19 @@ class ExitCache:
             `[rows, 1, width]`, zeros when nothing came before.
         """
         layer = cache.layers[self._states_layer]
+        # A window that has moved on holds fewer positions than it has seen.
         length = int(layer.get_seq_length())
         if length == 0:
             return like.new_zeros((like.shape[0], 1, like.shape[2]))
-        states: Tensor = layer.keys[:, 0, length - 1 : length]
+        last = min(length, layer.keys.shape[-2])
+        states: Tensor = layer.keys[:, 0, last - 1 : last]
         return states.to(like.device)
 
 
-def _states_layer_like(layer: object, cache: Any) -> Any:
+def _states_layer_like(layer: object) -> Any:
     """A layer for states, preallocated where the cache is."""
     if isinstance(layer, StaticLayer):
-        return StaticLayer(max_cache_len=int(cache.get_max_length()))
+        return copy.deepcopy(layer)
     return DynamicLayer()  # type: ignore[no-untyped-call]
 
 

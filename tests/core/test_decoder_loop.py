@@ -9,27 +9,7 @@ from transformers import PreTrainedModel
 
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import ARCHITECTURES, LAYERS, build_tiny, prompt
-from tests.wrapping import exits_by_hand, rule, wrap
-
-NEW = 7  # beyond the sliding windows of the tiny models
-
-
-def generated(
-    model: SedacForCausalLM, ids: Tensor, sample: bool = False, **values: object
-) -> object:
-    """Generate; sampled text of a random model is more varied than its greedy text."""
-    torch.manual_seed(11)
-    choice = {"temperature": 2.0, "top_k": 0} if sample else {}
-    return model.generate(
-        ids,
-        max_new_tokens=NEW,
-        do_sample=sample,
-        **choice,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **values,
-    )
+from tests.wrapping import NEW, exits_by_hand, generated, mixed, rule, wrap
 
 
 def assert_equals_reference(
@@ -53,29 +33,6 @@ def assert_equals_reference(
             torch.testing.assert_close(
                 found * keep, whole[:, :, -seen:] * keep, rtol=1e-4, atol=1e-4
             )
-
-
-def mixed(
-    base: PreTrainedModel,
-    kinds: dict[int, str],
-    ids: Tensor,
-    temperature: float = 1.0,
-    **values: object,
-) -> tuple[SedacForCausalLM, object]:
-    """A model under whose rules some tokens leave and others do not, and what it generated."""
-    plain = wrap(base, kinds, [rule(layer, 0.0) for layer in kinds])
-    text = generated(plain, ids, sedac_mode="plain", **values).sequences
-    risks = plain(text, exits="simulate").risks[:, ids.shape[1] :]
-    for share in (0.35, 0.5, 0.65, 0.2, 0.8, 0.9, 0.1, 0.42, 0.58):
-        rules = [
-            rule(layer, 2 * float(risks[..., k].quantile(share)), temperature=temperature)
-            for k, layer in enumerate(kinds)
-        ]
-        model = wrap(base, kinds, rules)
-        output = generated(model, ids, **values)
-        if len(set(output.exit_layers[:, 1:].flatten().tolist())) > 1:
-            return model, output
-    raise AssertionError("no threshold parts the tokens of this model")
 
 
 @pytest.mark.parametrize("kind", ["lens", "block", "feedback"])

@@ -201,6 +201,8 @@ def write_artefact(
         directory / CONFIG_FILE,
         {**config, "sedac_format_version": FORMAT_VERSION, "files": files},
     )
+    # safetensors makes files that their owner alone may read.
+    shutil.copymode(directory / CONFIG_FILE, directory / WEIGHTS_FILE)
 
 
 def read_artefact(directory: Path, source: str) -> ArtefactFiles:

@@ -299,7 +299,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         pytest.fail("the block must not run")
 
 
-def test_a_new_folder_has_ordinary_permissions(folder: Path, tmp_path: Path) -> None:
+def test_what_is_written_has_ordinary_permissions(folder: Path, tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()
+    (ordinary / "file").write_text("x")
     assert folder.stat().st_mode == ordinary.stat().st_mode
+    modes = {path.name: path.stat().st_mode for path in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, (ordinary / "file").stat().st_mode)

@@ -18,6 +18,8 @@ import pytest
 
 from tests.hub_server import HubServer, Repository
 
+pytestmark = pytest.mark.slow
+
 ARTEFACT = "user/tiny-sedac"
 BASE = "org/tiny-base"
 

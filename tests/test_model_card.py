@@ -129,6 +129,16 @@ def test_given_texts_are_not_called_self_written() -> None:
     assert card.data.eval_results[0].dataset_name == "Held-out documents (given texts)"
 
 
+@pytest.mark.parametrize("issued", [None, issue(), issue(passes=False)])
+@pytest.mark.parametrize("results", [{}, RESULTS])
+def test_paragraphs_are_one_blank_line_apart(issued: Any, results: dict[str, Any]) -> None:
+    values = issued.to_dict() if issued else None
+    certified = issued is not None and issued.policy is not None
+    text = text_of(replace(SOURCE, certificate=values, certified=certified, results=results))
+    assert "\n\n\n" not in text
+    assert not re.search(r"[^|\n]\n\|", text), "a table must follow a blank line"
+
+
 def test_without_results_nothing_is_invented() -> None:
     text = text_of(SOURCE)
     assert "## Measured" not in text

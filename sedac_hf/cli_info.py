@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sedac_hf.artefact_format import WEIGHTS_FILE, read_artefact
 from sedac_hf.base_resolution import HubOptions, fetch_artefact, find_base
 from sedac_hf.calibration.certificate import Certificate
@@ -67,19 +65,22 @@ def artefact_info(name: str) -> dict[str, Any]:
         "base_revision": values.get("base_model_revision"),
         "base_found": _base_place(values, folder),
         "mode": values.get("mode"),
-        "checkpoints": [
-            {k: v for k, v in point.items() if v or k == "layer_idx"}
-            for point in values.get("checkpoints") or []
-        ],
-        "parameters": sum(t.numel() for t in files.tensors.values() if _is_weight(t)),
+        "checkpoints": [_checkpoint(point) for point in values.get("checkpoints") or []],
+        "parameters": sum(t.numel() for t in files.tensors.values() if t.is_floating_point()),
         "megabytes": round((folder / WEIGHTS_FILE).stat().st_size / 1e6, 2),
         "certified_dtypes": values.get("certified_dtypes"),
         "certificate": certificate.statement() if certificate else None,
     }
 
 
-def _is_weight(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point()
+def _checkpoint(point: dict[str, Any]) -> dict[str, Any]:
+    """What sets a checkpoint apart, without the fields that are of no account for its head."""
+    kept = {"lens": ("lens_rank",), "block": ("num_layers", "feedback", "storage")}
+    names = ("layer_idx", "head", *kept.get(str(point.get("head")), ()))
+    found = {name: point[name] for name in names if name in point}
+    if point.get("delta_rank"):
+        found["delta_rank"] = point["delta_rank"]
+    return found
 
 
 def _base_place(values: dict[str, Any], folder: Path) -> str | None:

@@ -96,7 +96,7 @@ def info_table(values: Mapping[str, Any]) -> Table:
     table.add_column(overflow="fold")
     for name, value in values.items():
         if isinstance(value, Mapping):
-            table.add_row(Text(name), Text(", ".join(f"{k} {_cell(v)}" for k, v in value.items())))
+            table.add_row(Text(name), Text(_cell(value)))
         elif isinstance(value, (list, tuple)):
             for at, item in enumerate(value):
                 table.add_row(Text(name if at == 0 else ""), Text(_cell(item)))
@@ -112,4 +112,6 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_cell(entry)}" for name, entry in value.items())
     return str(value)

@@ -306,8 +306,8 @@ class FitRun:
             ),
             progress=self.progress,
         )
-        if certificate.policy is not None:
-            model.set_cascade(certificate.policy.cascade)
+        model.set_cascade(certificate.policy.cascade if certificate.policy else None)
+        model.certificate = certificate
         self.report.certificate = certificate.to_dict()
         self._stage("certify")
         return certificate

@@ -55,6 +55,10 @@ Mode = Annotated[
     str | None,
     typer.Option(help="off, plain, certified or exact; the artefact's own if not given."),
 ]
+Uncertified = Annotated[
+    bool,
+    typer.Option("--uncertified", help="Let exits act on thresholds that no certificate covers."),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -95,9 +99,10 @@ def demo(
 ) -> None:
     """Write an answer and a piece of Python, coloured by depth, then print the figures.
 
-    Without MODEL it runs on the artefact that comes with the repository.
+    Without MODEL it runs on the artefact that comes with the repository. Thresholds that no
+    certificate covers act here all the same, and the demo says so.
     """
-    from sedac_hf.cli_run import run_demo
+    from sedac_hf.cli_demo import run_demo
 
     result = run_demo(
         model or default_artefact(),
@@ -171,6 +176,7 @@ def evaluate(
     model: Model = None,
     base: Base = None,
     mode: Mode = None,
+    uncertified: Uncertified = False,
     data: Data = None,
     documents: Annotated[int, typer.Option(help="Most documents.", min=2)] = 64,
     speed: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
@@ -202,6 +208,7 @@ def evaluate(
         model or default_artefact(),
         base=base,
         mode=mode,
+        uncertified=uncertified,
         data=data,
         documents=documents,
         speed=speed,
@@ -232,6 +239,7 @@ def generate(
     trace: Annotated[bool, typer.Option("--trace", help="Colour the text by exit depth.")] = False,
     base: Base = None,
     mode: Mode = None,
+    uncertified: Uncertified = False,
     system: Annotated[str | None, typer.Option(help="System message of a chat.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Leave the chat template out.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.", min=1)] = 200,
@@ -252,6 +260,7 @@ def generate(
         trace=trace,
         base=base,
         mode=mode,
+        uncertified=uncertified,
         system=system,
         raw=raw,
         max_new_tokens=max_new_tokens,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Loaded",
     "conditions_line",
+    "has_thresholds",
+    "let_exits_act",
     "load",
     "load_base_model",
     "pick_device",
@@ -215,6 +217,43 @@ def _tokenizer(name: str, elsewhere: str | None) -> PreTrainedTokenizerBase:
         if elsewhere is None:
             raise UsageError(f"{name} has no tokenizer that can be loaded: {error}") from error
         return cast("PreTrainedTokenizerBase", auto.from_pretrained(elsewhere))
+
+
+def has_thresholds(loaded: Loaded) -> bool:
+    """Whether there are thresholds by which exits could act, certified or not."""
+    certificate = loaded.model.certificate
+    return loaded.model.cascade is not None or bool(certificate and certificate.walk)
+
+
+def let_exits_act(loaded: Loaded) -> str:
+    """Let exits act in certified mode although nothing covers them here.
+
+    Without thresholds of its own the model takes those of the safest policy that was tested.
+
+    Args:
+        loaded: The model; its thresholds are set.
+
+    Returns:
+        What that means, in words.
+
+    Raises:
+        UsageError: If there are no thresholds at all.
+    """
+    model, certificate = loaded.model, loaded.model.certificate
+    covered = model.cascade is not None and not model.exits_off_reason and certificate is not None
+    if covered:
+        return "These thresholds are certified: exits act as they would without --uncertified."
+    if model.cascade is not None:
+        why = model.exits_off_reason or "no certificate comes with the artefact"
+        model.set_cascade(model.cascade)
+        return f"NOT CERTIFIED: exits act all the same. {why}"
+    if certificate is None or not certificate.walk:
+        raise UsageError(f"{loaded.name} has no thresholds, so no token can leave. Fit it first.")
+    model.set_cascade(certificate.walk[0].policy.cascade)
+    return (
+        "NOT CERTIFIED: exits act all the same, by the safest thresholds that were tested. "
+        + certificate.statement()
+    )
 
 
 def conditions_line(loaded: Loaded) -> str:

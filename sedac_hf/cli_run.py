@@ -1,4 +1,4 @@
-"""What `sedac generate`, `sedac eval` and `sedac demo` do."""
+"""What `sedac generate` and `sedac eval` do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sedac_hf.cli_load import Loaded, conditions_line, load, seed_everything
+from sedac_hf.cli_load import (
+    Loaded,
+    conditions_line,
+    let_exits_act,
+    load,
+    seed_everything,
+)
 from sedac_hf.cli_support import Screen, UsageError
 from sedac_hf.cli_tables import evaluation_table
 from sedac_hf.cli_texts import documents_for
@@ -22,21 +28,25 @@ from sedac_hf.evaluation.report import build_report, save_report
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
     from sedac_hf.calibration.documents import Document
 
-__all__ = ["run_demo", "run_evaluation", "run_generate"]
+__all__ = [
+    "GREEDY",
+    "Timing",
+    "encode_prompt",
+    "exit_legend",
+    "measure",
+    "run_evaluation",
+    "run_generate",
+    "show_report",
+    "summary",
+    "write_text",
+]
 
-DEMO_PROMPTS = (
-    "Why does the sky look blue during the day and red at sunset?",
-    "Write a Python function that checks whether a string is a palindrome, and explain it.",
-)
 # Settings of sampling that a model brings along would only make greedy search warn.
 GREEDY: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-# The demo's timing takes about this long, on one to three rounds.
-_DEMO_TIMING_SECONDS = 45.0
-_DEMO_PROMPTS_TIMED = 3
-_DEMO_TOKENS_TIMED = 40
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ def run_generate(
     trace: bool,
     base: str | None,
     mode: str | None,
+    uncertified: bool,
     system: str | None,
     raw: bool,
     max_new_tokens: int,
@@ -74,6 +85,8 @@ def run_generate(
     """Load a model and let it write; see `sedac generate --help`."""
     text = _prompt_text(prompt)
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
+    if uncertified:
+        screen.note(let_exits_act(loaded))
     seed_everything(seed)
     inputs = encode_prompt(loaded, text, system=system, raw=raw)
     sampling: dict[str, Any] = dict(GREEDY)
@@ -92,8 +105,8 @@ def run_generate(
     if trace:
         result["tokens"] = tokens
         if not screen.as_json:
-            screen.out.print(_legend(loaded, tokens))
-    screen.note(f"{_summary(result)}; {conditions_line(loaded)}")
+            screen.out.print(exit_legend(loaded, tokens))
+    screen.note(f"{summary(result)}; {conditions_line(loaded)}")
     return {"model": name, "prompt": text, **result, "dtype": loaded.dtype}
 
 
@@ -186,13 +199,15 @@ def write_text(
     }
 
 
-def _legend(loaded: Loaded, tokens: Sequence[Mapping[str, Any]]) -> Any:
+def exit_legend(loaded: Loaded, tokens: Sequence[Mapping[str, Any]]) -> Text:
+    """The line that explains the colours of some tokens and counts them."""
     checkpoints = [spec.layer_idx for spec in loaded.model.config.checkpoint_specs()]
     depth = loaded.model.exit_stats.depth
     return legend([token["layer"] for token in tokens], checkpoints, depth)
 
 
-def _summary(result: Mapping[str, Any]) -> str:
+def summary(result: Mapping[str, Any]) -> str:
+    """Length, speed and depth of a text in one line."""
     return (
         f"{result['new_tokens']} tokens at {result['tokens_per_second']:.1f} tokens/s, "
         f"{result['exit_share']:.1%} left early, mean depth {result['mean_depth']:.1f} of "
@@ -205,6 +220,7 @@ def run_evaluation(
     *,
     base: str | None,
     mode: str | None,
+    uncertified: bool,
     data: str | None,
     documents: int,
     speed: bool,
@@ -221,6 +237,8 @@ def run_evaluation(
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist.")
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
+    if uncertified:
+        screen.note(let_exits_act(loaded))
     seed_everything(seed)
     texts, origin = documents_for(loaded, data, documents, seed=seed, screen=screen)
     timing = Timing(max_new_tokens, rounds, prompts) if speed else None
@@ -228,7 +246,7 @@ def run_evaluation(
     if output is not None:
         save_report(report, output)
         screen.note(f"report written to {output}")
-    _show(report, screen)
+    show_report(report, screen)
     return report
 
 
@@ -286,10 +304,19 @@ def measure(
                 seed=seed,
             )
     report = build_report(model, mode, quality, speed)
-    return {**report, "texts": origin, "conditions": conditions_line(loaded)}
+    # Exits are certified when their thresholds are those of the certificate.
+    policy = model.certificate.policy if model.certificate else None
+    certified = exits and policy is not None and policy.cascade == model.cascade
+    return {
+        **report,
+        "certified": certified,
+        "texts": origin,
+        "conditions": conditions_line(loaded),
+    }
 
 
-def _show(report: Mapping[str, Any], screen: Screen) -> None:
+def show_report(report: Mapping[str, Any], screen: Screen) -> None:
+    """Print a report as a table, with its conditions and its certificate below."""
     screen.out.print(evaluation_table(report))
     speed = report.get("speed")
     timed = ""
@@ -306,44 +333,3 @@ def _show(report: Mapping[str, Any], screen: Screen) -> None:
     certificate = report.get("certificate")
     if certificate and certificate.get("statement"):
         screen.out.print(f"Certificate: {certificate['statement']}", style="dim")
-
-
-def run_demo(
-    name: str,
-    *,
-    base: str | None,
-    mode: str | None,
-    max_new_tokens: int,
-    documents: int,
-    seed: int,
-    device: str,
-    dtype: str,
-    screen: Screen,
-) -> dict[str, Any]:
-    """Load a model, let it write twice, and measure it; see `sedac demo --help`."""
-    loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
-    seed_everything(seed)
-    answers = []
-    for prompt in DEMO_PROMPTS:
-        screen.out.print(f"\n> {prompt}", style="bold", markup=False, soft_wrap=True)
-        result = write_text(
-            loaded,
-            encode_prompt(loaded, prompt),
-            console=None if screen.as_json else screen.out,
-            colour=True,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-        )
-        screen.out.print(_legend(loaded, result["tokens"]))
-        screen.out.print(_summary(result), style="dim")
-        answers.append({"prompt": prompt, **result})
-    texts, origin = documents_for(loaded, None, documents, seed=seed, screen=screen)
-    rate = min(answer["tokens_per_second"] for answer in answers)
-    one_round = 3 * _DEMO_PROMPTS_TIMED * _DEMO_TOKENS_TIMED / max(rate, 1e-3)
-    rounds = min(max(int(_DEMO_TIMING_SECONDS / one_round) - 1, 1), 3)
-    timing = Timing(_DEMO_TOKENS_TIMED, rounds, _DEMO_PROMPTS_TIMED)
-    screen.out.print()
-    report = measure(loaded, texts, origin, timing, mode=mode, seed=seed, screen=screen)
-    _show(report, screen)
-    return {"model": name, "answers": answers, "evaluation": report}

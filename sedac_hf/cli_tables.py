@@ -17,7 +17,10 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     speed: Mapping[str, Any] = report.get("speed") or {}
     per_second: Mapping[str, float] = speed.get("tokens_per_second") or {}
     depth = int(report["depth"])
-    table = Table(box=box.SIMPLE_HEAD, title=f"SEDAC, {report['mode']} mode", title_justify="left")
+    title = f"SEDAC, {report['mode']} mode"
+    if report["mode"] == "certified" and not report["certified"]:
+        title += " (not certified)" if report["exit_share"] else " (exits off)"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for name in ("", "base", "plain", "SEDAC"):
         table.add_column(name, justify="right" if name else "left")
     low, high = report["ppl_increase_ci95"]

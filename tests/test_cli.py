@@ -275,6 +275,7 @@ def test_eval_prints_one_object_with_all_figures(
     assert values["mean_depth"] < values["depth"]
     assert values["speed_vs_generate"] > 0
     assert values["documents"] == 12
+    assert values["certified"] is True
     stored = load_report(where)
     assert stored["base_ppl"] == values["base_ppl"]
 
@@ -309,6 +310,29 @@ def test_eval_without_certificate_measures_the_base_and_says_so(
     assert parsed(result)["ppl_increase"] == 0
     assert parsed(result)["exit_share"] == 0
     assert "exits stay off in certified mode" in result.stderr
+
+
+def test_thresholds_without_certificate_act_only_when_asked(
+    sedac: Runner, base: Path, texts: Path, tmp_path: Path
+) -> None:
+    model = wrap_base(load_base(base), base_model_name_or_path=str(base))
+    untested, refused = tmp_path / "untested", tmp_path / "refused"
+    model.save_pretrained(untested, tokenizer=make_tokenizer())
+    certificate = issue(passes=False)
+    model.set_cascade(None)
+    model.save_pretrained(refused, tokenizer=make_tokenizer(), certificate=certificate)
+    for folder in (untested, refused):
+        options = ("--max-new-tokens", 12, "--json")
+        silent = parsed(sedac("generate", folder, "w5 w9 w7", *options))
+        assert silent["exit_share"] == 0
+        asked = sedac("generate", folder, "w5 w9 w7", *options, "--uncertified")
+        assert parsed(asked)["exit_share"] > 0
+        assert "NOT CERTIFIED" in asked.stderr
+        options = ("--data", texts, "--no-speed", "--uncertified")
+        assert "(not certified)" in sedac("eval", folder, *options).stdout
+        assert parsed(sedac("eval", folder, *options, "--json"))["certified"] is False
+    shown = sedac("demo", refused, "--max-new-tokens", 6, "--documents", 4)
+    assert "NOT CERTIFIED" in shown.stdout
 
 
 def test_eval_of_a_plain_base_says_to_fit_one(sedac: Runner, base: Path, texts: Path) -> None:

@@ -223,8 +223,9 @@ def rendered(table: Any) -> str:
 
 def test_the_evaluation_table_shows_missing_figures_as_missing() -> None:
     report = {
-        "mode": "certified", "base_ppl": 12.3456, "sedac_ppl": None, "ppl_increase": None,
-        "ppl_increase_ci95": [0.001, None], "exit_share": 0.25, "exits_by_layer": {"-1": 3, "7": 9},
+        "mode": "certified", "certified": True, "base_ppl": 12.3456, "sedac_ppl": None,
+        "ppl_increase": None, "ppl_increase_ci95": [0.001, None],
+        "exit_share": 0.25, "exits_by_layer": {"-1": 3, "7": 9},
         "mean_depth": 22.5, "depth": 30, "head_share": 0.21, "documents": 8, "tokens": 900,
         "speed": {
             "tokens_per_second": {"generate": 40.0, "plain": 42.0, "sedac": 50.0},

@@ -17,7 +17,7 @@ from sedac_hf.core.session import ExitSession, StepRecord
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell, LayerCall
-    from sedac_hf.core.cascade_controller import CascadeController
+    from sedac_hf.core.cascade_controller import CascadeController, CheckpointDecision
     from sedac_hf.core.draft_head import DraftHead
     from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.kv_fill import KVFill
@@ -242,30 +242,26 @@ class _Step:
         self._state = self._cascade.start(rows)
         self._active = np.ones(rows, np.bool_) if eligible is None else eligible.copy()
         self._gone = np.zeros(rows, np.bool_)
+        self._asks = bool(self._active.any())
         self._try = self._gone
+        self.all_left = False
         self._exits: Tensor | None = None
         depth = parts.shell.num_layers
         self.record = StepRecord.full_depth(rows, depth, len(parts.heads))
         self.left: Tensor | None = None
 
-    @property
-    def all_left(self) -> bool:
-        return bool(self._gone.all())
-
     def tries(self, k: int, hidden: Tensor) -> bool:
         """Ask the cascade about checkpoint `k`; whether any row is to try its head."""
-        if not self._active.any():
+        if not self._asks:
             return False
-        states = hidden.reshape(hidden.shape[0], -1)
-        risk, confidence, tries = checkpoint_decision(
-            self._parts, self._cascade, k, states, self._state, self._active
+        decision = checkpoint_decision(
+            self._parts, self._cascade, k, hidden[:, 0], self._state, self._active
         )
-        record, active = self.record, self._active
-        record.risks[active, k] = risk[active]
-        record.confidences[active, k] = confidence[active]
-        self._try = tries & active
-        record.tries[:, k] = self._try
-        return bool(self._try.any())
+        record = self.record
+        record.risks[:, k] = decision.risk
+        record.confidences[:, k] = decision.confidence
+        record.tries[:, k] = self._try = decision.try_exit
+        return decision.tries > 0
 
     def leave(self, k: int, exit_states: Tensor) -> None:
         """Let the rows go that try at checkpoint `k` and whose exit is sure enough."""
@@ -278,7 +274,9 @@ class _Step:
         if not leaving.any():
             return
         self._active = self._active & ~leaving
+        self._asks = bool(self._active.any())
         self._gone = self._gone | leaving
+        self.all_left = bool(self._gone.all())
         self.record.layers[leaving] = self._parts.heads[k].layer_idx
         self.record.checkpoints[leaving] = k
         now = torch.from_numpy(leaving).to(exit_states.device).view(-1, 1, 1)
@@ -303,7 +301,7 @@ def checkpoint_decision(
     states: Tensor,
     state: Any,
     active: Mask,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], Mask]:
+) -> CheckpointDecision:
     """Risk, normalised confidence and whether to try, for each row at checkpoint `k`.
 
     Args:
@@ -315,13 +313,13 @@ def checkpoint_decision(
         active: Rows that are still asked, `[rows]`.
 
     Returns:
-        Three arrays `[rows]`.
+        The decision; NaN risk and confidence, and no try, for rows that are not asked.
     """
     if states.device.type == "cpu":
-        decision = cascade.step(k, states, state, active)
-    else:
-        decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
-    return decision.risk, decision.confidence, decision.try_exit
+        return cascade.step(k, states, state, active)
+    decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
+    risk = np.where(active, decision.risk, np.float32(np.nan))
+    return decision._replace(risk=risk)
 
 
 def top_probability(parts: ExitParts, exit_states: Tensor) -> npt.NDArray[np.float32]:

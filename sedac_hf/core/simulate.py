@@ -177,13 +177,13 @@ class SimulateLoop:
     def _ask(self, k: int, hidden: Tensor, state: Any, active: Mask) -> Mask:
         """Positions that try at checkpoint `k`, `[rows, seq]`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        risk, confidence, tries = checkpoint_decision(
+        decision = checkpoint_decision(
             self._parts, self._cascade, k, flat, state, active.reshape(-1)
         )
         trace = self.trace
-        trace.risks[active, k] = risk.reshape(active.shape)[active]
-        trace.confidences[active, k] = confidence.reshape(active.shape)[active]
-        trace.tries[..., k] = tries.reshape(active.shape) & active
+        trace.risks[..., k] = decision.risk.reshape(active.shape)
+        trace.confidences[..., k] = decision.confidence.reshape(active.shape)
+        trace.tries[..., k] = decision.try_exit.reshape(active.shape)
         tried: Mask = trace.tries[..., k]
         return tried
 

@@ -52,7 +52,7 @@ def test_fit_certifies_and_says_what_it_did(fitted: tuple[Path, Any]) -> None:
     report = values["report"]
     assert report["heads"][0]["layer_idx"] == 1
     assert report["heads"][0]["agreement"] > 0.5
-    assert set(report["documents"]) == {"train", "probe", "search", "certify"}
+    assert set(report["documents"]) == {"train", "probe", "search", "certify", "held_out"}
     assert (output / "certificate.json").is_file()
     assert (output / "README.md").is_file()
 

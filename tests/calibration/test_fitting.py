@@ -16,7 +16,7 @@ from tests.micro_model import MicroModel
 
 SETTINGS = FitSettings(
     checkpoints=(CheckpointSpec(1), CheckpointSpec(3)),
-    budget_seconds=60.0,
+    budget_seconds=1200.0,
     draft_words=48,
     probe_rank=8,
     epochs=6.0,

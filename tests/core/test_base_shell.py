@@ -188,7 +188,7 @@ def test_dispatch_by_accelerate_still_works(llama: PreTrainedModel) -> None:
 
 def test_a_layer_that_is_dropped_in_training_is_an_error() -> None:
     base = build_tiny("opt", layerdrop=1.0).train()
-    with pytest.raises(SedacError, match="did not call its last"):
+    with pytest.raises(SedacError, match=r"did not call its last|never called its first"):
         BaseShell(base).run(lambda hidden, calls: hidden, input_ids=prompt(1, 4))
 
 

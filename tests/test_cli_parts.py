@@ -110,7 +110,7 @@ def test_chats_go_through_the_template(tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     messages = [{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w9"}]
     path.write_text(json.dumps({"messages": messages}))
-    assert read_texts(str(path), make_tokenizer(chat=True)) == ["w8 w5w9"]
+    assert read_texts(str(path), make_tokenizer(chat=True)) == ["w8 w05w9"]
     with pytest.raises(UsageError, match="chat template"):
         read_texts(str(path), make_tokenizer())
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ExitBlock", "ExitHead", "ExitLens", "build_exit_head", "rms_normalise"]
 
+# What architectures call a layer's index.
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number")
 _DELTA_DOWN, _DELTA_UP = ".delta_down", ".delta_up"
 
 
@@ -293,9 +295,7 @@ def build_exit_head(spec: CheckpointSpec, shell: BaseShell) -> ExitHead:
         return ExitLens(spec, config.hidden_size).to(dtype)
     layers = []
     for origin in _origins(spec, shell):
-        kind = _plain_class(origin)
-        takes_index = "layer_idx" in inspect.signature(kind.__init__).parameters
-        layer = cast(Any, kind)(config, *([spec.template_layer] if takes_index else [])).to(dtype)
+        layer = _fresh_layer(type(origin), config, spec.template_layer).to(dtype)
         own, base = layer.state_dict(), origin.state_dict()
         if all(n in base and _is_plain(base[n], w) for n, w in own.items()):
             layer.load_state_dict({n: base[n] for n in own})
@@ -310,14 +310,18 @@ def _origins(spec: CheckpointSpec, shell: BaseShell) -> list[nn.Module]:
     return [shell.layers[max(last - back, 0)] for back in range(spec.num_layers - 1, -1, -1)]
 
 
-def _plain_class(layer: nn.Module) -> type[nn.Module]:
-    kind = type(layer)
-    if "config" not in inspect.signature(kind.__init__).parameters:
+def _fresh_layer(kind: type[nn.Module], config: Any, index: int) -> nn.Module:
+    """A decoder layer of `kind`, built from the configuration and, where it asks, its index."""
+    parameters = inspect.signature(kind).parameters
+    given: dict[str, Any] = {name: index for name in _INDEX_NAMES if name in parameters}
+    given["config"] = config
+    needed = [n for n, p in parameters.items() if p.default is p.empty and n != "kwargs"]
+    if "config" not in parameters or not given.keys() >= set(needed):
         raise ConfigError(
-            f"{kind.__name__} cannot be built from a configuration, so no exit block can be made "
-            "of its kind; use head='lens'"
+            f"{kind.__name__} cannot be built from a configuration and an index alone (it needs "
+            f"{needed}), so no exit block can be made of its kind; use head='lens'."
         )
-    return kind
+    return cast(nn.Module, cast(Any, kind)(**given))
 
 
 def _is_plain(found: Tensor, wanted: Tensor) -> bool:
@@ -332,8 +336,9 @@ def _run(layer: nn.Module, state: Tensor, call: LayerCall) -> Tensor:
 def _number_layer(layer: nn.Module, index: int) -> None:
     """Tell a layer, and what is in it, which cache layer it writes to."""
     for module in layer.modules():
-        if hasattr(module, "layer_idx"):
-            module.layer_idx = index  # type: ignore[assignment]
+        for name in _INDEX_NAMES:
+            if hasattr(module, name):
+                setattr(module, name, index)
 
 
 def _stored(value: Tensor) -> Tensor:

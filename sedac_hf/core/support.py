@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from sedac_hf.errors import UnsupportedModelError
 
@@ -104,18 +105,13 @@ def find_decoder(base: nn.Module) -> tuple[nn.Module, str]:
     Raises:
         UnsupportedModelError: If no list of `num_hidden_layers` modules is found.
     """
-    decoder = cast(Any, base).get_decoder()
-    depth = cast(Any, base).config.num_hidden_layers
-    found = [
-        name
-        for name, child in decoder.named_children()
-        if isinstance(child, nn.ModuleList) and len(child) == depth and depth > 0
-    ]
-    if len(found) == 1:
-        return decoder, found[0]
-    for name in ("layers", "h", "blocks"):
-        if name in found:
-            return decoder, name
+    depth = int(cast(Any, base).config.num_hidden_layers)
+    decoder: nn.Module = cast(Any, base).get_decoder()
+    # A few models answer get_decoder with something else; then it is another model inside the base.
+    others = [module for module in base.modules() if isinstance(module, PreTrainedModel)]
+    for candidate in (decoder, *others):
+        if (name := _layer_list(candidate, depth)) is not None:
+            return candidate, name
     lists = {
         name: len(child)
         for name, child in decoder.named_children()
@@ -125,6 +121,19 @@ def find_decoder(base: nn.Module) -> tuple[nn.Module, str]:
         f"{type(base).__name__}: looked in {type(decoder).__name__} for a list of {depth} decoder "
         f"layers (config.num_hidden_layers), found {lists or 'no module list'}."
     )
+
+
+def _layer_list(decoder: nn.Module, depth: int) -> str | None:
+    """Name of the child that lists `depth` layers; None if there is none or it is not clear."""
+    found = [
+        name
+        for name, child in decoder.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == depth and depth > 0
+    ]
+    known = [name for name in ("layers", "h", "blocks") if name in found]
+    if len(found) == 1 or known:
+        return known[0] if known else found[0]
+    return None
 
 
 def module_path(root: nn.Module, target: nn.Module) -> list[str]:

@@ -179,6 +179,8 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Raises:
             ConfigError: If a field has a value that is not among those allowed.
         """
+        if isinstance(self.text_config, PreTrainedConfig):
+            _keep_implementations(self.text_config, kwargs)
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         register_model()
         self.checkpoints = self.checkpoints or []
@@ -219,15 +221,22 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         Returns:
             The configuration.
         """
-        # A composite config pushes its own None into sub-configs, which would switch the masks of
-        # the live base off. The implementations are therefore handed back to it by name.
-        attention = getattr(base_config, "_attn_implementation", None)
-        experts = getattr(base_config, "_experts_implementation", None)
-        implementations: dict[str, Any] = {
-            "attn_implementation": {"": attention, "text_config": attention},
-            "experts_implementation": {"": None, "text_config": experts},
-        }
-        return cls(text_config=base_config, **implementations, **values)
+        return cls(text_config=base_config, **values)
+
+
+def _keep_implementations(live: PreTrainedConfig, kwargs: dict[str, Any]) -> None:
+    """Hand a live configuration its own attention and experts implementations back.
+
+    A composite config pushes its own None into sub-configs. On the configuration of a live model
+    that would switch the masks off, and attention would no longer be causal.
+    """
+    attention = getattr(live, "_attn_implementation", None)
+    experts = getattr(live, "_experts_implementation", None)
+    if kwargs.get("attn_implementation") is None:
+        kwargs["attn_implementation"] = {"": attention, "text_config": attention}
+    if kwargs.get("experts_implementation") is None:
+        # At the top it must stay None: the wrapper itself has no experts.
+        kwargs["experts_implementation"] = {"": None, "text_config": experts}
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

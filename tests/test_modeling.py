@@ -149,7 +149,8 @@ def test_wrapping_leaves_weights_config_and_attention_alone(tiny: PreTrainedMode
 def test_attention_stays_causal(llama: PreTrainedModel) -> None:
     """A configuration built around a live one can switch its masks off in silence."""
     ids = prompt(1, 8)
-    SedacConfig.from_base_config(llama.config)
+    for build in (SedacConfig.from_base_config, lambda config: SedacConfig(text_config=config)):
+        assert build(llama.config).text_config is llama.config
     first = llama(ids).logits[:, :4]
     changed = ids.clone()
     changed[:, 5:] = 3
@@ -331,6 +332,24 @@ def test_a_resized_vocabulary_reaches_the_draft_head(llama: PreTrainedModel) -> 
     linear = model.assembly.parts.draft.linear
     assert linear is not None
     assert torch.equal(linear.weight, llama.lm_head.weight[draft])
+
+
+def test_what_inference_mode_prepared_serves_training_mode_too(llama: PreTrainedModel) -> None:
+    rules = [rule(1, min_probability=1e-6)]
+    values = {"draft_vocabulary": torch.arange(3, 60)}
+    model = wrap(llama, {1: "block"}, rules, **values)
+    with torch.no_grad():
+        llama.model.layers[2].self_attn.k_proj.weight.mul_(1.1)
+        llama.lm_head.weight.mul_(1.1)
+    with torch.inference_mode():
+        expected = model.generate(prompt(1, 5), **GREEDY).clone()
+    assert model.assembly.fill.is_stacked
+    output, ids = model(prompt(1, 5)), prompt(1, 5)
+    for _ in range(8):
+        ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], dim=1)
+        output = model(ids[:, -1:], past_key_values=output.past_key_values)
+    assert output.logits.requires_grad
+    assert torch.equal(ids, expected)
 
 
 def test_a_head_that_is_no_plain_layer_is_used_whole(llama: PreTrainedModel) -> None:

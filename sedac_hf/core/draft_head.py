@@ -57,7 +57,9 @@ class DraftHead:
         tensors: list[Tensor] = [plain.weight, *([] if plain.bias is None else [plain.bias])]
         if self._watch is not None and self._watch.unchanged(tensors):
             return
-        self._linear = _rows_of(plain, self._tokens)
+        # What is kept must be usable outside of inference mode too.
+        with torch.inference_mode(False):
+            self._linear = _rows_of(plain, self._tokens)
         self._watch = WeightWatch(tensors)
 
 

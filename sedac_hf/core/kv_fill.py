@@ -90,9 +90,11 @@ class KVFill:
         if stacked is not None and stacked.is_current():
             return
         self._stacked = None
-        built = build_stacked_kv(self._shell, self._first_layer)
-        if built is not None and _agrees(self._shell, built, self._first_layer):
-            self._stacked = built
+        # What is kept must be usable outside of inference mode too.
+        with torch.inference_mode(False):
+            built = build_stacked_kv(self._shell, self._first_layer)
+            if built is not None and _agrees(self._shell, built, self._first_layer):
+                self._stacked = built
 
     def fill(self, hidden: Tensor, calls: list[LayerCall], start: int, stop: int) -> None:
         """Write the K/V of layers `start` to `stop - 1` for positions that have left.

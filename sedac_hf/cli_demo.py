@@ -25,9 +25,9 @@ DEMO_PROMPTS = (
     "Write a Python function that checks whether a string is a palindrome, and explain it.",
 )
 # The demo's timing takes about this long, on one to three rounds.
-_DEMO_TIMING_SECONDS = 45.0
+_DEMO_TIMING_SECONDS = 40.0
 _DEMO_PROMPTS_TIMED = 3
-_DEMO_TOKENS_TIMED = 40
+_DEMO_TOKENS_TIMED = 32
 
 
 def run_demo(

@@ -56,7 +56,7 @@ $(STAMPS)/torch: $(STAMPS)/venv
 	touch "$@"
 
 $(STAMPS)/installed: $(STAMPS)/torch pyproject.toml $(RUST_SOURCES)
-	"$(PY)" -m pip install --quiet 'maturin>=1.9,<2'
+	test -x "$(VENV)/bin/maturin" || "$(PY)" -m pip install --quiet --ignore-installed 'maturin>=1.9,<2'
 	VIRTUAL_ENV="$(abspath $(VENV))" "$(PY)" -m maturin develop --release --extras dev
 	touch "$@"
 

@@ -462,3 +462,17 @@ def test_the_pipeline_takes_the_object(llama: PreTrainedModel, micro_model: Any)
     text = run("k0a k0b", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("k0a k0b")
     assert model.exit_stats.exit_share > 0
+
+
+def test_public_names_can_be_imported() -> None:
+    import sedac_hf
+    import sedac_hf.core
+    from sedac_hf.core import CascadeController
+
+    assert CascadeController is sedac_hf.core.cascade_controller.CascadeController
+    for package in (sedac_hf, sedac_hf.core):
+        for name in package.__all__:
+            assert getattr(package, name) is not None
+            assert name in dir(package)
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = package.nothing

@@ -89,7 +89,7 @@ def demo(
     model: Model = None,
     base: Base = None,
     mode: Mode = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 120,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.", min=1)] = 96,
     documents: Annotated[int, typer.Option(help="Documents for the perplexity.", min=2)] = 16,
     seed: Seed = 0,
     device: Device = "auto",

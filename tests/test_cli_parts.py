@@ -5,20 +5,21 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from sedac_hf import cli_load
 from sedac_hf.cli_fit import parse_checkpoints
-from sedac_hf.cli_load import pick_device, pick_dtype
-from sedac_hf.cli_support import UsageError, parse_duration, write_json
+from sedac_hf.cli_load import Loaded, pick_device, pick_dtype
+from sedac_hf.cli_support import REPOSITORY, Screen, UsageError, parse_duration, write_json
 from sedac_hf.cli_tables import evaluation_table, fit_table, info_table
-from sedac_hf.cli_texts import read_records, read_texts
+from sedac_hf.cli_texts import documents_for, read_records, read_texts
 from sedac_hf.cli_trace import TraceStreamer, depth_style, legend
 from sedac_hf.errors import ConfigError
 from tests.artefacts import make_tokenizer
@@ -138,6 +139,22 @@ def test_bytes_that_are_no_text_and_missing_files_are_refused(tmp_path: Path) ->
         read_records(str(path))
     with pytest.raises(UsageError, match="no such file"):
         read_records(str(tmp_path / "gone.jsonl"))
+
+
+@pytest.mark.reference
+def test_the_reference_model_is_evaluated_on_texts_of_its_own() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / ".models" / "smollm2-135m-instruct")
+    config = SimpleNamespace(base_model_name_or_path=".models/smollm2-135m-instruct")
+    model: Any = SimpleNamespace(config=config)
+    loaded = Loaded("bundled", model, tokenizer, "float32", "fast here")
+    documents, origin = documents_for(loaded, None, 80, seed=0, screen=Screen(quiet=True))
+    assert len(documents) == 80
+    assert "base wrote" in origin
+    assert len({document.hash for document in documents}) == 80
+    opening = tokenizer("<|im_start|>system\n", add_special_tokens=False)["input_ids"]
+    for document in documents:
+        assert document.ids[: len(opening)].tolist() == opening
+        assert 20 < document.prompt_length < len(document) - 4
 
 
 # ----------------------------------------------------------------------------------------- stream

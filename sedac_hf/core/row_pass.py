@@ -1,0 +1,154 @@
+"""The seam between loops that draft, settle or verify and whatever runs the layers for them.
+
+A loop works on rows (one per sequence) with a cache of slots. The first `length` slots of a row are
+settled: every later position sees them. Behind them stand open nodes: a chain of tokens to be
+settled, or a tree of drafts. One call runs some nodes of every row from one layer to another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+__all__ = ["BASE", "Placement", "RowPass"]
+
+IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+BASE = -1  # the base's own layers, where a part is asked for; heads are 0, 1, ...
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the `n` nodes of a call stand.
+
+    Node `j` of row `r` has its K/V in slot ``length[r] + open - n + j``: the nodes of a call are the
+    last of those that are open. It sees the settled slots ``first[r] .. length[r] - 1`` and the
+    open nodes that `tree` names, itself among them.
+
+    Attributes:
+        first: First slot that is no padding, `[rows]`.
+        length: Settled slots, `[rows]`.
+        positions: Position ids of the nodes, `[rows, n]`.
+        tree: Which open nodes each node sees, `[rows, n, open]`.
+    """
+
+    first: IntArray
+    length: IntArray
+    positions: IntArray
+    tree: Mask
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of the call, `n`."""
+        return int(self.positions.shape[1])
+
+    @property
+    def open(self) -> int:
+        """Open nodes, those of the call included."""
+        return int(self.tree.shape[2])
+
+    @property
+    def slots(self) -> IntArray:
+        """Slot of each node, `[rows, n]`."""
+        behind = np.arange(self.open - self.nodes, self.open)
+        return self.length[:, None] + behind[None, :]
+
+
+class RowPass(Protocol):
+    """Runs nodes through the base and the exit heads, with K/V of its own.
+
+    A part of the cache is `BASE` or the index of a head; each part has its own settled slots, which
+    the loop counts. A slot may be written again: what stood there is replaced.
+    """
+
+    def load(self, cache: Any) -> IntArray:
+        """Take over a transformers cache after a prompt, exit heads' layers included.
+
+        Args:
+            cache: The cache; it is not changed.
+
+        Returns:
+            Slots of each row that hold something, padding included, `[rows]`.
+        """
+        ...
+
+    def store(self, cache: Any, length: IntArray) -> None:
+        """Append to a transformers cache what was settled since `load`.
+
+        Args:
+            cache: The cache that was loaded.
+            length: Settled slots of each row, `[rows]`; shorter rows are padded on the right.
+        """
+        ...
+
+    def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
+        """What the first layer is given.
+
+        Args:
+            tokens: Token ids `[rows, n]`.
+            positions: Position ids `[rows, n]`.
+
+        Returns:
+            States `[rows, n, width]`.
+        """
+        ...
+
+    def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
+        """Run the base's layers `start` to `stop - 1`.
+
+        Args:
+            hidden: States `[rows, n, width]`.
+            at: Where the nodes stand.
+            start: First layer.
+            stop: End of the layers.
+
+        Returns:
+            States after layer `stop - 1`, same shape.
+        """
+        ...
+
+    def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
+        """Run exit head `k`.
+
+        Args:
+            k: Index of the head.
+            hidden: States at its checkpoint, `[rows, n, width]`.
+            feedback: Final-layer states of each node's predecessor, same shape; None for a head
+                without feedback.
+            at: Where the nodes stand in the head's own cache.
+
+        Returns:
+            States for the final norm, same shape.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The base's norm and head.
+
+        Args:
+            hidden: States after the last layer, `[rows, n, width]`.
+
+        Returns:
+            Logits `[rows, n, vocabulary]`.
+        """
+        ...
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """The same over the draft vocabulary, `[rows, n, draft vocabulary]`."""
+        ...
+
+    def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
+        """Move the K/V of accepted nodes together, so that they can be counted as settled.
+
+        Args:
+            part: `BASE` or the index of a head.
+            length: Settled slots before, `[rows]`.
+            path: Open nodes that stay, in order, `[rows, most]`; behind a row's own count anything.
+            counts: How many stay, `[rows]`.
+        """
+        ...

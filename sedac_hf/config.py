@@ -12,11 +12,12 @@ from transformers.models.auto.configuration_auto import AutoConfig
 from sedac_hf.errors import ConfigError
 from sedac_hf.registration import register_model
 
-__all__ = ["HEADS", "MODES", "PROBE_TARGETS", "CheckpointSpec", "SedacConfig"]
+__all__ = ["HEADS", "KV_MODES", "MODES", "PROBE_TARGETS", "CheckpointSpec", "SedacConfig"]
 
 MODES = ("off", "plain", "certified", "exact")
 PROBE_TARGETS = ("entropy", "divergence")
 HEADS = ("lens", "block")
+KV_MODES = ("propagate", "settle")
 _STORAGES = ("whole", "delta")
 
 
@@ -146,7 +147,8 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         probe_target: What the probes were trained to say, `"entropy"` or `"divergence"`.
         mode: Mode used when none is asked for.
         strategy: What an exit skips; `"hard"` skips the tail.
-        kv_mode: How the tail's K/V of an exited token come about; `"propagate"`.
+        kv_mode: How the tail's K/V of an exited token come about: `"propagate"` from its frozen
+            state at once, `"settle"` by running the tail later, which gives the base's own.
         certified_dtypes: Data types the certificate was obtained in, such as `"bfloat16"`.
         use_cache: Whether decoding keeps K/V.
     """
@@ -188,7 +190,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         _check_choice("mode", self.mode, MODES)
         _check_choice("probe_target", self.probe_target, PROBE_TARGETS)
         _check_choice("strategy", self.strategy, ("hard",))
-        _check_choice("kv_mode", self.kv_mode, ("propagate",))
+        _check_choice("kv_mode", self.kv_mode, KV_MODES)
         if self.probe_rank < 1:
             raise ConfigError(f"probe_rank must be at least 1, found {self.probe_rank}.")
         specs = self.checkpoint_specs()

@@ -273,7 +273,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             )
         self.assembly.prepare()
         controller = self.assembly.controller(cascade)
-        return simulate(self.assembly.parts, controller, arguments, exit_start)
+        settles = self.config.kv_mode == "settle"
+        return simulate(self.assembly.parts, controller, arguments, exit_start, settles=settles)
 
     def generate(self, *args: Any, sedac_mode: str | None = None, **kwargs: Any) -> Any:
         """Generate as the base does, with exits as the mode says.
@@ -297,7 +298,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             return self.base_lm.generate(*args, **kwargs)
         session = self._session(mode)
         with session_scope(session):
-            result = super().generate(*args, **kwargs)  # type: ignore[misc]
+            own: Any = super()
+            result = own.generate(*args, **kwargs)
         finish_generation(result, session, self.exit_stats)
         return result
 
@@ -323,7 +325,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         """Initialise weights only where this model built the base itself."""
         # On a base that was handed in, this would reset adapters and tie what was untied.
         if self._base_is_ours:
-            super().init_weights()  # type: ignore[no-untyped-call]
+            own: Any = super()
+            own.init_weights()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived from the rest and cannot be copied."""

@@ -123,4 +123,5 @@ class ModeControl:
         cascade = self._cascade()
         if mode == "certified" and cascade is not None:
             controller = self.assembly.controller(cascade)
-        return ExitSession(owner=self, mode=mode, cascade=controller)
+        settles = self.config.kv_mode == "settle"
+        return ExitSession(owner=self, mode=mode, cascade=controller, settles=settles)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.kv_fill import KVFill
     from sedac_hf.core.probe_inference import ProbeManager
+    from sedac_hf.core.recorded_pass import RecordedPass
 
 __all__ = ["DecodeLoop", "ExitParts", "LayerPass", "checkpoint_decision", "top_probability"]
 
@@ -95,7 +96,7 @@ class ExitParts:
     """Everything that exits are made of, beside the base."""
 
     shell: BaseShell
-    passes: LayerPass
+    passes: LayerPass | RecordedPass
     heads: Sequence[ExitHead]
     probes: ProbeManager
     draft: DraftHead
@@ -200,28 +201,34 @@ class DecodeLoop:
         return hidden
 
     def _decode(self, hidden: Tensor, calls: list[LayerCall], cache: Any) -> Tensor:
-        """One position per row; each row leaves at the first checkpoint that lets it."""
+        """One position per row; each row leaves at the first checkpoint that lets it.
+
+        Where exits are settled, the tail is run all the same: here at once, which costs what a
+        plain step costs. Loops that can wait with it have the same results.
+        """
         parts = self._parts
         step = _Step(parts, self._session, hidden, self._eligible)
+        settles = self._session.settles
         feedback = None
         if parts.layout.has_feedback:
             feedback = parts.layout.last_state(cache, hidden)
         at = 0
         for k, head in enumerate(parts.heads):
             stop = head.layer_idx + 1
-            hidden = parts.passes.run(hidden, calls, at, stop, step.left)
+            hidden = parts.passes.run(hidden, calls, at, stop, None if settles else step.left)
             at = stop
             if not step.tries(k, hidden):
                 parts.fill_head(k, hidden, calls, cache, feedback)
                 continue
             step.leave(k, parts.apply_head(k, hidden, calls, cache, feedback))
-            if step.all_left:
+            if step.all_left and not settles:
                 for later in range(k + 1, len(parts.heads)):
                     parts.fill_head(later, hidden, calls, cache, feedback)
                 parts.passes.fill(hidden, calls, at, len(calls))
                 break
         else:
-            hidden = parts.passes.run(hidden, calls, at, len(calls), step.left)
+            left = None if settles else step.left
+            hidden = parts.passes.run(hidden, calls, at, len(calls), left)
         output = step.output(hidden)
         if parts.layout.has_feedback:
             parts.layout.push_states(cache, output)

@@ -190,6 +190,7 @@ class ExitSession:
         in_step: Whether the exit heads have K/V of every position in that cache.
         prompt_length: Positions before the first generated token; None until it is known.
         eos_tokens: Ids that end a row, or None.
+        settles: Whether the tail of an exited token is run later, so that K/V are the base's own.
     """
 
     owner: object
@@ -201,6 +202,7 @@ class ExitSession:
     in_step: bool = False
     prompt_length: int | None = None
     eos_tokens: Tensor | None = None
+    settles: bool = False
 
     def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
         """Take the pending record into the list.

@@ -8,15 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from sedac_hf.core.decoder_loop import (
-    DecodeLoop,
-    ExitParts,
-    checkpoint_decision,
-    top_probability,
-)
-from sedac_hf.core.session import ExitSession, StepRecord
+from sedac_hf.core.decoder_loop import ExitParts, checkpoint_decision, top_probability
+from sedac_hf.core.recorded_pass import RecordedPass
+from sedac_hf.core.stepwise import empty_trace, step_by_step
 from sedac_hf.errors import ConfigError, ModeError
 from sedac_hf.generation.logits_processor import scale_exits
 from sedac_hf.modeling_outputs import SedacOutput
@@ -24,8 +19,9 @@ from sedac_hf.modeling_outputs import SedacOutput
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import LayerCall
     from sedac_hf.core.cascade_controller import CascadeController
+    from sedac_hf.core.session import StepRecord
 
-__all__ = ["SimulateLoop", "eligible_positions", "simulate"]
+__all__ = ["SimulateLoop", "eligible_positions", "settled_states", "simulate"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -35,6 +31,8 @@ def simulate(
     cascade: CascadeController,
     arguments: dict[str, Any],
     exit_start: Tensor | int | None,
+    *,
+    settles: bool = False,
 ) -> SedacOutput:
     """Run whole sequences with the rule of decoding at every eligible position.
 
@@ -43,6 +41,7 @@ def simulate(
         cascade: Decides who leaves.
         arguments: What the base's forward is given.
         exit_start: First position of each row at which exits may act; None is 0.
+        settles: Whether the tail of exited tokens is run after all, so that K/V are the base's.
 
     Returns:
         The base's output, with what each position did.
@@ -60,8 +59,13 @@ def simulate(
     given = arguments.get("input_ids")
     given = arguments["inputs_embeds"] if given is None else given
     eligible = eligible_positions((given.shape[0], given.shape[1]), exit_start, mask)
-    if parts.layout.has_feedback:
-        trace, logits = _step_by_step(parts, cascade, arguments, eligible)
+    if settles:
+        recorded = RecordedPass.record(parts, arguments)
+        trace, states = settled_states(parts, cascade, recorded, arguments, eligible)
+        logits = parts.shell.logits(states)
+    elif parts.layout.has_feedback:
+        trace, states = step_by_step(parts, cascade, arguments, eligible)
+        logits = parts.shell.logits(states)
     else:
         loop = SimulateLoop(parts, cascade, eligible)
         logits = parts.shell.run(loop, **arguments).logits
@@ -82,6 +86,33 @@ def simulate(
             logits=output.logits, labels=labels[:, _kept(keep)], vocab_size=vocabulary
         )
     return output
+
+
+def settled_states(
+    parts: ExitParts,
+    cascade: CascadeController,
+    recorded: RecordedPass,
+    arguments: dict[str, Any],
+    eligible: Mask,
+) -> tuple[StepRecord, Tensor]:
+    """What each position does where exits are settled; many cascades can share one recording.
+
+    Args:
+        parts: What exits are made of.
+        cascade: Decides who leaves.
+        recorded: The base's states over the same sequences.
+        arguments: What the base's forward was given.
+        eligible: Positions that may leave, `[rows, seq]`.
+
+    Returns:
+        What each position did, and its state for the final norm, `[rows, seq, width]`.
+    """
+    parts = recorded.put_into(parts)
+    if parts.layout.has_feedback:
+        return step_by_step(parts, cascade, arguments, eligible)
+    loop = SimulateLoop(parts, cascade, eligible)
+    hidden, calls = parts.shell.prologue(**{**arguments, "use_cache": False})
+    return loop.trace, loop(hidden, calls)
 
 
 def eligible_positions(
@@ -133,7 +164,7 @@ class SimulateLoop:
         self._parts = parts
         self._cascade = cascade
         self._eligible = eligible
-        self.trace = _empty_trace(parts, eligible.shape[0], eligible.shape[1])
+        self.trace = empty_trace(parts, eligible.shape[0], eligible.shape[1])
 
     def __call__(self, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
         """Run the layers.
@@ -200,62 +231,6 @@ class SimulateLoop:
         leaving = tries.copy()
         leaving[rows, columns] = probability >= least
         return leaving
-
-
-def _step_by_step(
-    parts: ExitParts, cascade: CascadeController, arguments: dict[str, Any], eligible: Mask
-) -> tuple[StepRecord, Tensor]:
-    """The same one position after the other: with feedback each depends on the one before."""
-    rows, seq = eligible.shape
-    trace = _empty_trace(parts, rows, seq)
-    session = ExitSession(owner=parts, mode="certified", cascade=cascade)
-    cache = DynamicCache(config=parts.shell.base.config)
-    mask = arguments.get("attention_mask")
-    first = int(eligible.any(axis=0).argmax()) if eligible.any() else seq
-    found = []
-    at = 0
-    while at < seq:
-        stop = first if at < first else at + 1
-        step = {name: _positions(name, value, at, stop) for name, value in arguments.items()}
-        step |= {"use_cache": True, "past_key_values": cache}
-        rule = None if at < first else eligible[:, at]
-        loop = DecodeLoop(parts, session, step.get("attention_mask", mask), rule)
-        found.append(parts.shell.run(loop, **step).logits)
-        if session.pending is not None:
-            _take(trace, session.pending, at)
-        at = stop
-    return trace, torch.cat(found, dim=1)
-
-
-def _positions(name: str, value: Any, start: int, stop: int) -> Any:
-    """The part of an argument that belongs to positions `start` to `stop - 1`."""
-    if name == "attention_mask":
-        return None if value is None else value[:, :stop]
-    if name in ("input_ids", "inputs_embeds") and value is not None:
-        return value[:, start:stop]
-    if name == "position_ids" and value is not None:
-        return value[..., start:stop]
-    return value
-
-
-def _take(trace: StepRecord, record: StepRecord, position: int) -> None:
-    for name in ("layers", "checkpoints", "risks", "confidences", "probabilities", "tries"):
-        getattr(trace, name)[:, position] = getattr(record, name)
-
-
-def _empty_trace(parts: ExitParts, rows: int, seq: int) -> StepRecord:
-    """A record with one more axis, for positions."""
-    flat = StepRecord.full_depth(rows * seq, parts.shell.num_layers, len(parts.heads))
-    shape = (rows, seq)
-    count = len(parts.heads)
-    return StepRecord(
-        layers=flat.layers.reshape(shape),
-        checkpoints=flat.checkpoints.reshape(shape),
-        risks=flat.risks.reshape(*shape, count),
-        confidences=flat.confidences.reshape(*shape, count),
-        probabilities=flat.probabilities.reshape(*shape, count),
-        tries=flat.tries.reshape(*shape, count),
-    )
 
 
 def _kept(keep: int | Tensor) -> Any:

@@ -29,6 +29,7 @@ from sedac_hf.evaluation.scoring import (
     score_documents,
     split_hash,
 )
+from sedac_hf.evaluation.settled_scoring import score_policies
 from sedac_hf.fingerprint import dtype_label
 
 if TYPE_CHECKING:
@@ -130,11 +131,18 @@ def certify(
     chosen, full = _testable(model, documents, batch_tokens)
     scores: list[DocumentScores] = []
     bar = tqdm(total=len(policies), desc="certify", unit="policy", disable=not progress)
+    cascades = [policy.cascade for policy in policies]
+    # Settled exits share one forward of the base, so all are scored at once, the walk walks after.
+    settles = model.config.kv_mode == "settle"
+    known = score_policies(model, chosen, cascades, batch_tokens=batch_tokens) if settles else []
 
     def deltas_of(index: int) -> FloatArray:
-        scores.append(
-            score_documents(model, chosen, policies[index].cascade, batch_tokens=batch_tokens)
-        )
+        if settles:
+            scores.append(known[index])
+        else:
+            scores.append(
+                score_documents(model, chosen, cascades[index], batch_tokens=batch_tokens)
+            )
         bar.update()
         return document_deltas(full, scores[-1])
 
@@ -202,8 +210,9 @@ def _check_held_out(
     target: RiskTarget,
     batch_tokens: int | None,
 ) -> HeldOutCheck | None:
-    full = score_documents(model, documents, None, batch_tokens=batch_tokens)
-    scores = score_documents(model, documents, policy.cascade, batch_tokens=batch_tokens)
+    full, scores = score_policies(
+        model, documents, [None, policy.cascade], batch_tokens=batch_tokens
+    )
     deltas = document_deltas(full, scores)
     deltas = deltas[~np.isnan(deltas)]
     if not len(deltas):

@@ -45,8 +45,10 @@ logger = logging.getLogger(__name__)
 
 # Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
 _TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.62
-# True forwards over documents are what the last stages cost: few policies, few search documents.
-_RUNGS, _SEARCH_DOCUMENTS = 4, 32
+# Steps of the walk. With `propagate` each costs true forwards over all documents; settled exits
+# share one.
+_RUNGS = {"propagate": 4, "settle": 12}
+_SEARCH_DOCUMENTS = {"propagate": 32, "settle": 160}
 _MIN_DOCUMENTS = 40
 
 
@@ -55,7 +57,9 @@ class FitSettings:
     """What `fit` is asked for.
 
     Attributes:
-        checkpoints: Checkpoints and their heads; None places three blocks in the upper half.
+        checkpoints: Checkpoints and their heads; None puts blocks with deep feedback on the
+            embedding and after a sixth of the layers.
+        kv_mode: How K/V of exited tokens come about, `"settle"` or `"propagate"`.
         budget_seconds: Wall-clock time for everything.
         text_tokens: Most tokens that the base writes.
         max_length: Longest document made from given texts, in tokens.
@@ -71,6 +75,7 @@ class FitSettings:
     """
 
     checkpoints: tuple[CheckpointSpec, ...] | None = None
+    kv_mode: str = "settle"
     budget_seconds: float = 1200.0
     text_tokens: int = 1_000_000
     max_length: int = 256
@@ -272,6 +277,7 @@ class FitRun:
             mode="certified",
             probe_target=fitted.target,
             probe_rank=self.settings.probe_rank,
+            kv_mode=self.settings.kv_mode,
             fingerprint=fingerprint(self.base),
         )
         if self.process.is_main_process:
@@ -280,8 +286,9 @@ class FitRun:
             self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
         )
         self.policies = choose_policies(
-            model, fitted.traces, splits.of(splits.search[:_SEARCH_DOCUMENTS]), costs,
-            rungs=_RUNGS, temperatures=temperatures,
+            model, fitted.traces,
+            splits.of(splits.search[: _SEARCH_DOCUMENTS[self.settings.kv_mode]]), costs,
+            rungs=_RUNGS[self.settings.kv_mode], temperatures=temperatures,
             epsilon=self.settings.epsilon, seed=self.settings.seed,
         )  # fmt: skip
         self._stage("search")
@@ -320,13 +327,16 @@ class FitRun:
 
 
 def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
-    """Three block heads in the upper part of the base, where a frozen model allows exits.
+    """Two block heads with deep feedback: on the embedding, and after a sixth of the layers.
+
+    Deep feedback is worth more than depth: given the previous token's final state, a shallow block
+    does what one many layers deeper does without it, and what is skipped is nearly everything.
 
     Args:
         num_layers: Decoder layers of the base.
 
     Returns:
-        Checkpoints after about 40, 55 and 70 % of the layers; fewer for very shallow bases.
+        The checkpoints.
 
     Raises:
         CalibrationError: If the base has fewer than two layers.
@@ -335,10 +345,8 @@ def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
         raise CalibrationError(
             f"the base has {num_layers} layer: there is nothing to skip, so no exits can be fitted"
         )
-    places = {
-        min(max(round(share * num_layers) - 1, 0), num_layers - 2) for share in (0.4, 0.55, 0.7)
-    }
-    return [CheckpointSpec(layer_idx=place) for place in sorted(places)]
+    second = min(max(round(num_layers / 6) - 1, 0), num_layers - 2)
+    return [CheckpointSpec(layer_idx=place, feedback=True) for place in (-1, second)]
 
 
 def _draft_vocabulary(

@@ -74,7 +74,12 @@ class Policy:
 
 
 def pareto_front(
-    traces: Traces, costs: CostModel, *, candidates: int = 6000, seed: int = 0
+    traces: Traces,
+    costs: CostModel,
+    *,
+    candidates: int = 6000,
+    seed: int = 0,
+    most_cost: float = 1.0,
 ) -> list[Policy]:
     """Replay structured, random and refined candidates and keep those that nothing beats.
 
@@ -83,9 +88,10 @@ def pareto_front(
         costs: What probes, tries and exits cost.
         candidates: Threshold vectors to replay.
         seed: Seed of the random candidates.
+        most_cost: Only policies that cost less are kept; a plain pass costs 1.
 
     Returns:
-        The Pareto front of (cost, estimated delta), by increasing delta, costs below 1 only.
+        The Pareto front of (cost, estimated delta), by increasing delta.
 
     Raises:
         CalibrationError: If no document can be used or the costs belong to other checkpoints.
@@ -98,14 +104,14 @@ def pareto_front(
         )
     usable = _usable_documents(traces)
     rng = np.random.default_rng(seed)
-    kept = _evaluate(structured(traces), traces, costs, usable)
+    kept = _evaluate(structured(traces), traces, costs, usable, most_cost)
     rounds = 3
     size = max(1, candidates // rounds)
     for step in range(rounds):
         # The first round looks everywhere, the later ones around what was best so far.
         blind = step == 0 or len(kept[0]) == 0
         fresh = random_policies(traces, size, rng) if blind else perturbed(kept[0], size, rng)
-        kept = _merged(kept, _evaluate(fresh, traces, costs, usable))
+        kept = _merged(kept, _evaluate(fresh, traces, costs, usable, most_cost))
     vectors, delta, share, cost = kept
     return [
         Policy(
@@ -142,9 +148,13 @@ def _merged(kept: _Scored, more: _Scored) -> _Scored:
 
 
 def _evaluate(
-    vectors: PolicyVectors, traces: Traces, costs: CostModel, usable: npt.NDArray[np.bool_]
+    vectors: PolicyVectors,
+    traces: Traces,
+    costs: CostModel,
+    usable: npt.NDArray[np.bool_],
+    most_cost: float,
 ) -> _Scored:
-    """Replay policies and drop those that save nothing."""
+    """Replay policies and drop those that let nothing leave or cost too much."""
     delta, share, cost = (np.empty(len(vectors)) for _ in range(3))
     tokens = int(np.count_nonzero(traces.eligible))
     for part in _chunks(len(vectors)):
@@ -164,7 +174,7 @@ def _evaluate(
         delta[part] = out["doc_delta"][:, usable].mean(axis=1, dtype=np.float64)
         share[part] = out["exits"].sum(axis=1) / tokens
         cost[part] = costs.expected(out["exits"], out["tries"], some.min_probability > 0, tokens)
-    good = np.flatnonzero((cost < 1.0) & (share > 0.0))
+    good = np.flatnonzero((cost < most_cost) & (share > 0.0))
     return vectors.selected(good), delta[good], share[good], cost[good]
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from sedac_hf.calibration.pareto import Policy, pareto_front, pareto_indices
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.scoring import DocumentScores, document_deltas, score_documents
+from sedac_hf.evaluation.settled_scoring import score_policies
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.costs import CostModel
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["Policy", "choose_policies", "ladder", "pareto_front", "reorder", "search", "verify"]
 
 logger = logging.getLogger(__name__)
+
+# Expected cost up to which a policy may stand in the walk; a plain pass costs 1.
+_MOST_COST = 1.02
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -120,14 +124,14 @@ def verify(
         Mean NLL per token under the policy less that at full depth, shape `[P, D]`, in nats; NaN
         for documents in which nothing can exit or the base itself gives no finite NLL.
     """
+    cascades = [policy.cascade for policy in policies]
     if full is None:
-        full = score_documents(model, documents, None, batch_tokens=batch_tokens)
-    rows = [
-        document_deltas(
-            full, score_documents(model, documents, policy.cascade, batch_tokens=batch_tokens)
+        full, *scores = score_policies(
+            model, documents, [None, *cascades], batch_tokens=batch_tokens
         )
-        for policy in policies
-    ]
+    else:
+        scores = score_policies(model, documents, cascades, batch_tokens=batch_tokens)
+    rows = [document_deltas(full, score) for score in scores]
     return np.stack(rows) if rows else np.empty((0, len(documents)))
 
 
@@ -187,7 +191,8 @@ def choose_policies(
     Returns:
         Policies from the safest to the boldest, with verified deltas; empty when nothing saves.
     """
-    front = pareto_front(traces, costs, candidates=candidates, seed=seed)
+    # A policy that costs as much as it saves is no use, but may be the only one that is safe.
+    front = pareto_front(traces, costs, candidates=candidates, seed=seed, most_cost=_MOST_COST)
     if temperatures is not None:
         front = [_with_temperatures(policy, temperatures) for policy in front]
     coarse = ladder(front, epsilon=epsilon, rungs=3, margin=margin)
@@ -199,17 +204,23 @@ def choose_policies(
     logger.info("verified deltas are %.2f times the replayed ones", inflation)
     fine = ladder(front, epsilon=epsilon, rungs=rungs, margin=margin, inflation=inflation)
     known = {policy.cascade: row for policy, row in zip(coarse, seen, strict=True)}
-    for policy in fine:
+    for group in _verified_together(model, [p for p in fine if p.cascade not in known]):
         if deadline is not None and time.monotonic() >= deadline:
             logger.info("time is up: the walk stands on the replay and %d policies", len(known))
             return fine
-        if policy.cascade not in known:
-            row = verify(model, documents, [policy], full=full, batch_tokens=batch_tokens)
-            known[policy.cascade] = row[0]
+        found = verify(model, documents, group, full=full, batch_tokens=batch_tokens)
+        known |= {policy.cascade: row for policy, row in zip(group, found, strict=True)}
     everything = fine + [p for p in coarse if p.cascade not in {f.cascade for f in fine}]
     walk = reorder(everything, np.stack([known[p.cascade] for p in everything]))
     limit = margin * math.log1p(epsilon)
     return [policy for policy in walk if policy.estimated_delta <= limit][-rungs:]
+
+
+def _verified_together(model: SedacForCausalLM, policies: list[Policy]) -> list[list[Policy]]:
+    """Policies in the groups in which they are verified: settled exits share the base's forward."""
+    if model.config.kv_mode == "settle":
+        return [policies] if policies else []
+    return [[policy] for policy in policies]
 
 
 def _with_temperatures(policy: Policy, temperatures: Sequence[float]) -> Policy:

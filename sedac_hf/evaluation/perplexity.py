@@ -19,6 +19,7 @@ from sedac_hf.evaluation.benchmark import benchmark
 from sedac_hf.evaluation.intervals import bootstrap_ratio
 from sedac_hf.evaluation.report import build_report, save_report
 from sedac_hf.evaluation.scoring import score_documents, split_hash
+from sedac_hf.evaluation.settled_scoring import score_policies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,9 +109,8 @@ def paired_perplexity(
     full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
     exited = full
     if exits and (cascade is not None or model.cascade is not None):
-        exited = score_documents(
-            model, documents, cascade, exits="simulate", batch_tokens=batch_tokens
-        )
+        rules = cascade or model.cascade
+        [exited] = score_policies(model, documents, [rules], batch_tokens=batch_tokens)
     usable = np.flatnonzero((full.tokens > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(

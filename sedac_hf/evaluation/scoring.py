@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["DocumentScores", "document_deltas", "score_documents", "split_hash"]
+__all__ = [
+    "DocumentScores",
+    "document_deltas",
+    "length_batches",
+    "padded",
+    "score_documents",
+    "split_hash",
+]
 
 # Logits of one forward: at most this many numbers (256 MiB in bf16), one document at least.
 _MAX_LOGITS = 1 << 27
@@ -109,7 +116,7 @@ def score_documents(
     nll, tokens, steps = np.zeros(size), np.zeros(size, np.int64), np.zeros(size, np.int64)
     counts = np.zeros((size, depth + 1), np.int64)
     with torch.inference_mode(), model.cascade_replaced(cascade):
-        for group in _batches(documents, budget):
+        for group in length_batches(documents, budget):
             start = [max(documents[i].prompt_length, 1) for i in group]
             logits, layers = _forward(model, [documents[i] for i in group], start, how, depth)
             for row, i in enumerate(group):
@@ -150,7 +157,17 @@ def split_hash(documents: Sequence[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _batches(documents: Sequence[Document], budget: int) -> Iterator[list[int]]:
+def padded(documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of documents, padded on the right, `[rows, width]` each."""
+    ids = torch.zeros(len(documents), max(len(d) for d in documents), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.from_numpy(document.ids)
+        mask[row, : len(document)] = 1
+    return ids, mask
+
+
+def length_batches(documents: Sequence[Document], budget: int) -> Iterator[list[int]]:
     """Groups of documents of similar length whose padded size stays within the budget."""
     order = sorted(range(len(documents)), key=lambda i: (-len(documents[i]), documents[i].hash))
     group: list[int] = []
@@ -168,12 +185,7 @@ def _forward(
     model: SedacForCausalLM, documents: Sequence[Document], start: list[int], how: str, depth: int
 ) -> tuple[Tensor, npt.NDArray[np.int64]]:
     """Logits `[rows, width, vocabulary]` and exit layers `[rows, width]` of right-padded rows."""
-    width = max(len(d) for d in documents)
-    ids = torch.zeros(len(documents), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.from_numpy(document.ids)
-        mask[row, : len(document)] = 1
+    ids, mask = padded(documents)
     device = model.device
     out = model(
         input_ids=ids.to(device),

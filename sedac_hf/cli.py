@@ -125,6 +125,9 @@ def fit(
     base: Annotated[str, typer.Argument(help="Base model: a folder or a name on the Hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the artefact.")],
     data: Data = None,
+    train_data: Annotated[
+        str | None, typer.Option(help="Further texts that only heads are trained on.")
+    ] = None,
     budget: Annotated[str, typer.Option(help="Time for everything: 90s, 20m, 3h.")] = "20m",
     checkpoints: Annotated[
         str | None,
@@ -132,6 +135,7 @@ def fit(
     ] = None,
     head: Annotated[str, typer.Option(help="block or lens.")] = "block",
     feedback: Annotated[bool, typer.Option(help="Give heads the last final state too.")] = False,
+    kv: Annotated[str, typer.Option(help="K/V of exited tokens: settle or propagate.")] = "settle",
     epsilon: Annotated[float, typer.Option(help="Rise of perplexity to certify.")] = 0.01,
     delta: Annotated[float, typer.Option(help="Chance that the certificate is wrong.")] = 0.1,
     tokens: Annotated[int, typer.Option(help="Most tokens that the base writes.")] = 1_000_000,
@@ -152,10 +156,12 @@ def fit(
         base,
         output,
         data=data,
+        train_data=train_data,
         budget_seconds=parse_duration(budget),
         checkpoints=checkpoints,
         head=head,
         feedback=feedback,
+        kv_mode=kv,
         epsilon=epsilon,
         delta=delta,
         text_tokens=tokens,

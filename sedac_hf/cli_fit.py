@@ -9,7 +9,7 @@ from sedac_hf.cli_load import load_base_model, seed_everything
 from sedac_hf.cli_support import Screen, UsageError
 from sedac_hf.cli_tables import fit_table, info_table
 from sedac_hf.cli_texts import read_texts
-from sedac_hf.config import CheckpointSpec
+from sedac_hf.config import KV_MODES, CheckpointSpec
 
 __all__ = ["parse_checkpoints", "run_fit"]
 
@@ -40,10 +40,12 @@ def run_fit(
     output: Path,
     *,
     data: str | None,
+    train_data: str | None,
     budget_seconds: float,
     checkpoints: str | None,
     head: str,
     feedback: bool,
+    kv_mode: str,
     epsilon: float,
     delta: float,
     text_tokens: int,
@@ -57,6 +59,8 @@ def run_fit(
         raise UsageError(f"--output {output} is a file; name a folder.")
     if not epsilon > 0 or not 0 < delta < 1:
         raise UsageError("--epsilon must be above 0, and --delta between 0 and 1.")
+    if kv_mode not in KV_MODES:
+        raise UsageError(f"--kv {kv_mode}: it must be one of {', '.join(KV_MODES)}.")
     specs = None
     if checkpoints is not None:
         specs = parse_checkpoints(checkpoints, head=head, feedback=feedback)
@@ -74,9 +78,11 @@ def run_fit(
         model,
         texts,
         tokenizer=tokenizer,
+        train_texts=None if train_data is None else read_texts(train_data, tokenizer),
         output_dir=output,
         settings=FitSettings(
             checkpoints=specs,
+            kv_mode=kv_mode,
             budget_seconds=budget_seconds,
             text_tokens=text_tokens,
             epsilon=epsilon,

@@ -30,7 +30,7 @@ class Splits:
         return [self.documents[i] for i in rows]
 
 
-def split_for_fit(documents: list[Document], seed: int) -> Splits:
+def split_for_fit(documents: list[Document], seed: int, more: Sequence[Document] = ()) -> Splits:
     """Deal documents to heads, probes, search, certification and the check of what was certified.
 
     The last two stand at the list's end: nothing before certification may see them.
@@ -38,6 +38,7 @@ def split_for_fit(documents: list[Document], seed: int) -> Splits:
     Args:
         documents: All documents, none twice.
         seed: Seed of the deal.
+        more: Further documents that only heads are trained on; those dealt already are left out.
 
     Returns:
         The splits.
@@ -56,4 +57,7 @@ def split_for_fit(documents: list[Document], seed: int) -> Splits:
         raise CalibrationError(
             f"{len(documents)} documents are too few to split into five parts; give more texts"
         )
-    return Splits(ordered, *spans)
+    known = {document.hash for document in ordered}
+    extra = list({d.hash: d for d in more if d.hash not in known}.values())
+    train, *others = ([at + len(extra) for at in span] for span in spans)
+    return Splits([*extra, *ordered], [*range(len(extra)), *train], *others)

@@ -96,7 +96,9 @@ class FitReport:
     Attributes:
         documents: Documents of each split.
         tokens: Tokens of all documents.
-        self_written: Whether the base wrote the texts.
+        train_tokens: Tokens of the documents that heads were trained on.
+        written_tokens: Tokens of the documents that the base wrote itself.
+        self_written: Whether the base wrote the texts that were chosen and tested on.
         heads: One report a head.
         gates: How well each gate works at each checkpoint, on documents it did not see.
         probe_target: Which target the kept probes have.
@@ -108,6 +110,8 @@ class FitReport:
 
     documents: dict[str, int] = field(default_factory=dict)
     tokens: int = 0
+    train_tokens: int = 0
+    written_tokens: int = 0
     self_written: bool = True
     heads: list[HeadReport] = field(default_factory=list)
     gates: list[GateReport] = field(default_factory=list)
@@ -186,11 +190,13 @@ class FitRun:
                 "give more texts or a larger budget"
             )
         self._stage("texts")
-        self.report.tokens = sum(map(len, documents))
+        self.report.written_tokens = sum(map(len, documents)) if texts is None else 0
         return documents
 
     def states(self, splits: Splits) -> BaseStates:
         """The base's states over every document that heads, probes and search need."""
+        self.report.tokens = sum(map(len, splits.documents))
+        self.report.train_tokens = sum(map(len, splits.of(splits.train)))
         self.report.documents = {
             name: len(getattr(splits, name))
             for name in ("train", "probe", "search", "certify", "held_out")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sedac_hf.calibration.bounds import RiskTarget
+from sedac_hf.calibration.documents import encode_texts
 from sedac_hf.calibration.fit_splits import split_for_fit
 from sedac_hf.calibration.fit_stages import FitReport, FitRun, FitSettings
 
@@ -24,6 +25,7 @@ def fit(
     texts: Iterable[str] | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase,
+    train_texts: Iterable[str] | None = None,
     output_dir: str | Path,
     settings: FitSettings | None = None,
     progress: bool = True,
@@ -38,6 +40,7 @@ def fit(
         base: The base model; it is not changed.
         texts: Plain texts; None lets the base write its own.
         tokenizer: The base's tokenizer; saved with the artefact.
+        train_texts: Further texts, on which heads are trained and nothing is chosen or tested.
         output_dir: Where the artefact goes.
         settings: What to do; None means the defaults.
         progress: Show progress bars.
@@ -54,7 +57,8 @@ def fit(
     output = Path(output_dir)
     run = FitRun(base, tokenizer, settings, output, texts is None, progress, started)
     documents = run.documents(texts)
-    splits = split_for_fit(documents, settings.seed)
+    more = encode_texts(train_texts or (), tokenizer, max_length=settings.max_length)
+    splits = split_for_fit(documents, settings.seed, list(more))
     states = run.states(splits)
     heads = run.heads(states, splits)
     model = run.thresholds(states, splits, heads)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from sedac_hf.cli_bench_tables import speed_table, token_table
 from sedac_hf.cli_load import Loaded, let_exits_act, load, seed_everything
 from sedac_hf.cli_run import encode_prompt
 from sedac_hf.cli_support import REPOSITORY, Screen, UsageError
-from sedac_hf.cli_tables import bench_table
 from sedac_hf.evaluation.arms import Arm
 from sedac_hf.evaluation.bench import run_bench
 from sedac_hf.evaluation.bench_plan import BenchPlan
@@ -178,34 +178,43 @@ def _shown(name: str) -> str:
 
 
 def show_bench(report: Mapping[str, Any], screen: Screen) -> None:
-    """Print a report as a table, with its conditions and what was left out below."""
+    """Print a report as tables, with its conditions and what was left out below."""
     found, rows = report["conditions"], report["rows"]
-    screen.out.print(bench_table(rows))
+    screen.out.print(speed_table(rows))
+    screen.out.print(token_table(rows))
+    for line in _conditions(found, rows):
+        screen.out.print(line, style="dim", markup=False)
+    left_out = (f"left out: {one}" for one in found["left_out"])
+    for line in dict.fromkeys([*_notes(rows), *left_out]):
+        screen.out.print(line, style="yellow", markup=False)
+
+
+def _conditions(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     plan, here, search = found["plan"], found["machine"], found["assistant_early_exit"]
-    checked = sum(row["token_checked"] for row in rows)
-    limits = f", begun within {plan['seconds']:.0f} s (--quick)" if plan["seconds"] else ""
     device = here.get("accelerator") if found["device"] != "cpu" else here["processor"]
-    screen.out.print(
-        f"Conditions: {found['model']} in {found['dtype']}, {found['threads']} threads on "
+    limit = f", sized to end within {plan['seconds']:.0f} s" if plan["seconds"] else ""
+    yield (
+        f"Conditions: {found['model']} in {found['dtype']}, threads: {found['threads']}, on "
         f"{device or found['device']}, torch {found['versions']['torch']}, transformers "
-        f"{found['versions']['transformers']}; greedy, {plan['tokens']} tokens a call, "
-        f"{plan['repeats']} rounds after a warm-up{limits}. Ratios are medians over prompts (or "
-        "batches) of arms that took turns, with 95 % intervals; above 1 the mode is faster.",
-        style="dim",
-        markup=False,
+        f"{found['versions']['transformers']}; greedy, {plan['tokens']} tokens a call, rounds: "
+        f"{plan['repeats']} after a warm-up{limit}; {found['seconds']:.0f} s in all."
+    )
+    yield (
+        "Ratios: medians over batches of paired times of arms that took turns, with 95 % "
+        "intervals where there are several batches. Loop gain: plain (our own loop without exits) "
+        "against generate(). Exit gain: the mode against plain."
     )
     if search and search["layer"] is not None:
         tried = ", ".join(str(layer) for layer in search["seconds_per_token"])
-        screen.out.print(
-            f"assistant_early_exit={search['layer']}, the fastest of {tried}.", style="dim"
-        )
-    screen.out.print(
-        f"Tokens: {checked} texts compared with the base's in float32. Gap: largest distance of "
-        "logits at a first differing token, in units of the data type's resolution.",
-        style="dim",
+        yield f"assistant_early_exit={search['layer']}, the fastest of {tried}."
+    checked = sum(row["token_checked"] for row in rows)
+    yield (
+        f"Tokens: {checked} texts compared with those of the base, both in float32. Gap: distance "
+        f"of the base's logits where a text in {found['dtype']} first parts from the base's, and "
+        "in units of the resolution there."
     )
-    for line in dict.fromkeys([*_notes(rows), *(f"left out: {one}" for one in found["left_out"])]):
-        screen.out.print(line, style="yellow", markup=False)
+    if rows:
+        yield f"Share of a full pass in the output head: {rows[0]['head_share']:.1%}."
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

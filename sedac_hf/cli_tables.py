@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["bench_table", "evaluation_table", "fit_table", "info_table"]
+__all__ = ["evaluation_table", "fit_table", "info_table"]
 
 
 def evaluation_table(report: Mapping[str, Any]) -> Table:
@@ -90,67 +90,6 @@ def fit_table(report: Mapping[str, Any]) -> Table:
             *(_number(gates.get((layer, kind)), ".3f") for kind in kinds),
         )
     return table
-
-
-def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for each mode, prompt group and batch size; loop gain and exit gain apart."""
-    table = Table(box=box.SIMPLE_HEAD, title="sedac bench", title_justify="left")
-    table.add_column("group")
-    table.add_column("batch", justify="right")
-    table.add_column("mode")
-    # Rivals that were never timed get no column of their own.
-    named = {"assistant_early_exit": "early-exit draft", "prompt_lookup": "prompt lookup"}
-    rivals = [
-        (f"vs_{name}", f"vs {label}")
-        for name, label in {**named, "llama_cpp": "llama.cpp"}.items()
-        if any(row[f"vs_{name}"] is not None for row in rows)
-    ]
-    ratios = [
-        ("vs_generate", "vs generate()"),
-        ("loop_gain", "loop gain"),
-        ("vs_plain", "exit gain"),
-        *rivals,
-    ]
-    for label in (*(label for _, label in ratios), "accepted", "tokens a pass", "equal", "gap"):
-        table.add_column(label, justify="right")
-    before = None
-    for row in rows:
-        cell = (row["group"], row["batch"])
-        if before not in (None, cell):
-            table.add_section()
-        before = cell
-        table.add_row(
-            row["group"],
-            str(row["batch"]),
-            row["mode"],
-            *(_bench_ratio(row, name) for name, _ in ratios),
-            _number(row["acceptance"], ".0%"),
-            _number(row["tokens_per_tail_pass"], ".2f"),
-            _bench_equal(row),
-            _number(row["divergence_units"], ".3g"),
-        )
-    if rows:
-        table.caption = f"share of a full pass in the output head: {rows[0]['head_share']:.1%}"
-        table.caption_justify = "left"
-    return table
-
-
-def _bench_ratio(row: Mapping[str, Any], name: str) -> str:
-    # The gain of the loop is that of plain; elsewhere it is a part of the row's own ratio.
-    if name == "loop_gain" and row["mode"] == "off":
-        return "-"
-    if row[name] is None or (name == "vs_plain" and row["mode"] in ("plain", "off")):
-        return "-"
-    interval = row[f"{name}_ci95"]
-    ends = "" if interval is None else f" [{interval[0]:.2f}, {interval[1]:.2f}]"
-    return f"{row[name]:.2f}x{ends}"
-
-
-def _bench_equal(row: Mapping[str, Any]) -> str:
-    if row["token_equal"] is None:
-        return "-"
-    same = row["token_checked"] - row["token_differing"]
-    return f"{same}/{row['token_checked']}"
 
 
 def info_table(values: Mapping[str, Any]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -13,9 +12,11 @@ import torch
 
 from sedac_hf.evaluation.agreement import Divergence, base_logits, divergences, rows_equal
 from sedac_hf.evaluation.arms import Arm, Batch, base_arm, make_batches, mode_arm
+from sedac_hf.evaluation.bench_budget import EARLY_EXIT_CALLS, Budget
 from sedac_hf.evaluation.bench_plan import BenchPlan
 from sedac_hf.evaluation.bench_rows import Measured, build_row
 from sedac_hf.evaluation.benchmark import fresh_stats, greedy_settings, keep_stats, take_turns
+from sedac_hf.evaluation.environment import commit
 from sedac_hf.evaluation.report import head_share
 from sedac_hf.evaluation.rivals import (
     EarlyExitSearch,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["BenchResult", "run_bench"]
 
 _SEARCH_PROMPTS = 2
-# How much longer a cell may take than those before it foretell.
-_MARGIN = 1.5
 
 Prompts = Mapping[str, Sequence[Sequence[int]]]
 Progress = Callable[[str], AbstractContextManager[Any]]
@@ -48,12 +47,14 @@ class BenchResult:
         early_exit: The search for the best layer of early-exit drafting; None where batches of one
             prompt were not asked for.
         seconds: How long everything took.
+        commit: The commit that was measured.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     early_exit: EarlyExitSearch | None = None
     seconds: float = 0.0
+    commit: str | None = field(default_factory=commit)
 
 
 def run_bench(
@@ -104,8 +105,7 @@ class _Bench:
         self._llama = llama
         self._in_float32 = in_float32
         self._reference = model if model.dtype == torch.float32 else None
-        self._begun = time.monotonic()
-        self._rate = 0.0  # seconds for a unit of work, at most so far
+        self._budget = Budget(plan)
         self._result = BenchResult()
         self._modes: list[str] = []
 
@@ -122,14 +122,17 @@ class _Bench:
         if 1 in plan.batches:
             with progress("looking for the best layer of assistant_early_exit"):
                 result.early_exit = self._search(prompts)
-        for group, rows, batches in self._cells(prompts):
+        cells = list(self._cells(prompts))
+        for at, (group, rows, batches) in enumerate(cells):
             name = f"{group} at batch {rows}"
-            if not self._fits(batches):
-                result.left_out.append(f"{name}: no time left")
-                continue
-            with progress(f"{name}: {len(batches)} batches, arms taking turns"):
-                result.rows += self._rows(group, batches)
-        result.seconds = time.monotonic() - self._begun
+            count = self._budget.affordable([others for *_, others in cells[at:]])
+            if count < len(batches):
+                of = f"{count} of {len(batches)} batches, " if count else ""
+                result.left_out.append(f"{name}: {of}no time left")
+            if count:
+                with progress(f"{name}: {count} batches, arms taking turns"):
+                    result.rows += self._rows(group, batches[:count])
+        result.seconds = self._budget.spent
         return result
 
     def _cells(self, prompts: Prompts) -> Iterator[tuple[str, int, list[Batch]]]:
@@ -147,32 +150,18 @@ class _Bench:
         firsts = [prompts[group][0] for group in self._plan.groups if prompts.get(group)]
         device = self._model.device
         batches = make_batches(firsts[:_SEARCH_PROMPTS], 1, pad=self._pad, device=device)
-        return best_early_exit(self._model, batches, self._plan.search_tokens)
-
-    def _work(self, batches: Sequence[Batch]) -> float:
-        """About how much there is to do; a row of a batch costs a fraction of a pass."""
-        rows = len(batches[0].ids)
-        warm_up = self._plan.warmed_up(rows)
-        calls = self._plan.repeats * len(batches)
-        calls += len(batches) if warm_up is None else min(warm_up, len(batches))
-        arms = 2 + len(self._modes) + (5 if rows == 1 else 0)
-        tokens = self._plan.tokens + batches[0].ids.shape[1] / 8
-        return calls * arms * tokens * (1 + 0.3 * (rows - 1))
-
-    def _fits(self, batches: Sequence[Batch]) -> bool:
-        if self._plan.seconds is None:
-            return True
-        spent = time.monotonic() - self._begun
-        return spent + _MARGIN * self._rate * self._work(batches) <= self._plan.seconds
+        found = best_early_exit(self._model, batches, self._plan.search_tokens)
+        if found.layer is not None:
+            self._budget.expect(found.seconds_per_token[found.layer] / EARLY_EXIT_CALLS)
+        return found
 
     def _rows(self, group: str, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        begun = time.monotonic()
+        begun = self._budget.spent
         cell = self._measure(group, batches)
         names = [*self._modes, *(["llama_cpp"] if "llama_cpp" in cell.seconds else [])]
         share, seed = head_share(self._model), self._plan.seed
         rows = [build_row(cell, name, head_share=share, seed=seed) for name in names]
-        rate = (time.monotonic() - begun) / self._work(batches)
-        self._rate = max(self._rate, rate)
+        self._budget.learn(self._budget.spent - begun, batches)
         return rows
 
     def _measure(self, group: str, batches: Sequence[Batch]) -> Measured:

@@ -14,7 +14,7 @@ import torch
 
 from sedac_hf.evaluation.bench import BenchResult
 from sedac_hf.evaluation.bench_plan import BenchPlan
-from sedac_hf.evaluation.environment import commit, machine, software_versions
+from sedac_hf.evaluation.environment import machine, software_versions
 from sedac_hf.evaluation.report import model_settings, plain_values
 from sedac_hf.evaluation.rivals import LOOKUP_TOKENS
 from sedac_hf.files import write_atomically
@@ -52,7 +52,7 @@ def bench_report(
         "left_out": result.left_out,
         "assistant_early_exit": result.early_exit.to_dict() if result.early_exit else None,
         "prompt_lookup_num_tokens": LOOKUP_TOKENS,
-        "commit": commit(),
+        "commit": result.commit,
         "versions": software_versions(),
         "machine": machine(),
         "config": settings,

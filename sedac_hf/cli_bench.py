@@ -206,12 +206,12 @@ def _conditions(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     )
     if search and search["layer"] is not None:
         tried = ", ".join(str(layer) for layer in search["seconds_per_token"])
-        yield f"assistant_early_exit={search['layer']}, the fastest of {tried}."
+        yield f"Early exit: assistant_early_exit={search['layer']}, the fastest of {tried}."
     checked = sum(row["token_checked"] for row in rows)
     yield (
-        f"Tokens: {checked} texts compared with those of the base, both in float32. Gap: distance "
-        f"of the base's logits where a text in {found['dtype']} first parts from the base's, and "
-        "in units of the resolution there."
+        f"As base: {checked} texts compared with the base's, both in float32. Gap: the largest "
+        f"distance of the base's logits where a text in {found['dtype']} first differs from the "
+        "base's, and the same in units of the resolution there."
     )
     if rows:
         yield f"Share of a full pass in the output head: {rows[0]['head_share']:.1%}."

@@ -12,7 +12,7 @@ __all__ = ["speed_table", "token_table"]
 
 _CELL = ("group", "batch", "mode")
 _RIVALS = {
-    "vs_assistant_early_exit": "vs assistant_\nearly_exit",
+    "vs_assistant_early_exit": "vs early\nexit",
     "vs_prompt_lookup": "vs prompt\nlookup",
     "vs_llama_cpp": "vs\nllama.cpp",
 }
@@ -52,17 +52,17 @@ def token_table(rows: Rows) -> Table:
     """
     table = _table("tokens")
     labels = (
-        "prompts",
-        "drafts\naccepted",
-        "tokens a\ntail pass",
+        "texts",
+        "drafts\ntaken",
+        "tokens\na pass",
         "left\nearly",
-        "as base in\nfloat32",
+        "as\nbase",
         "rows\ndiffer",
-        "largest\ngap",
+        "logit\ngap",
         "gap in\nunits",
     )
     for label in labels:
-        table.add_column(label, justify="right")
+        table.add_column(label, justify="right", no_wrap=True)
     for row in _by_cell(table, rows):
         table.add_row(
             *_names(row),
@@ -79,7 +79,13 @@ def token_table(rows: Rows) -> Table:
 
 
 def _table(title: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, 1))
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for name in _CELL:
         table.add_column(name, justify="right" if name == "batch" else "left", no_wrap=True)
     return table
@@ -116,4 +122,4 @@ def _equal(row: Mapping[str, Any]) -> str:
     if row["token_equal"] is None:
         return "-"
     same = row["token_checked"] - row["token_differing"]
-    return f"{same} of {row['token_checked']}"
+    return f"{same}/{row['token_checked']}"

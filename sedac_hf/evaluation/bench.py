@@ -149,8 +149,9 @@ class _Bench:
     def _search(self, prompts: Prompts) -> EarlyExitSearch:
         firsts = [prompts[group][0] for group in self._plan.groups if prompts.get(group)]
         device = self._model.device
+        tokens = min(self._plan.search_tokens, self._plan.tokens)
         batches = make_batches(firsts[:_SEARCH_PROMPTS], 1, pad=self._pad, device=device)
-        found = best_early_exit(self._model, batches, self._plan.search_tokens)
+        found = best_early_exit(self._model, batches, tokens)
         if found.layer is not None:
             self._budget.expect(found.seconds_per_token[found.layer] / EARLY_EXIT_CALLS)
         return found

@@ -201,18 +201,19 @@ class _Bench:
         if len(batch.ids) > 1:
             only = "works at batch 1 only"
             return {}, dict.fromkeys(("assistant_early_exit", "prompt_lookup"), only)
-        arms = {"prompt_lookup": lookup_arm(self._model, settings)}
+        arms: dict[str, Arm] = {}
         reasons: dict[str, str] = {}
+        lookup = lookup_arm(self._model, settings)
+        reason = reason_against(lookup, batch)
+        if reason is None:
+            arms["prompt_lookup"] = lookup
+        else:
+            reasons["prompt_lookup"] = reason
         search = self._result.early_exit
         if search is not None and search.layer is not None:
             arms["assistant_early_exit"] = early_exit_arm(self._model, search.layer, settings)
         elif search is not None and search.reason is not None:
             reasons["assistant_early_exit"] = search.reason
-        for name, arm in list(arms.items()):
-            reason = reason_against(arm, batch)
-            if reason is not None:
-                reasons[name] = reason
-                del arms[name]
         if self._llama is not None:
             arms["llama_cpp"] = self._llama
         return arms, reasons

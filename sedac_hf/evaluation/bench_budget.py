@@ -72,12 +72,11 @@ class Budget:
         """Tokens that are written, each as often as it costs passes for a single one."""
         rows = len(batches[0].ids)
         warm_up = self._plan.warmed_up(rows)
-        calls = float(self._plan.repeats * len(batches))
+        calls = self._plan.repeats * len(batches)
         calls += len(batches) if warm_up is None else min(warm_up, len(batches))
         arms = 2 + len(self._plan.modes)
         if rows == 1:
-            # The rivals are tried once before they are timed.
-            arms, calls = arms + 1 + EARLY_EXIT_CALLS, calls + 0.5
+            arms += 1 + EARLY_EXIT_CALLS
         length = max(batch.ids.shape[1] for batch in batches)
         tokens = self._plan.tokens + length * _PROMPT_TOKEN
         return calls * arms * tokens * (1 + _ROW * (rows - 1))

@@ -73,7 +73,7 @@ def token_table(rows: Rows) -> Table:
             _equal(row),
             _number(row["divergences"], "d"),
             _number(row["divergence_gap"], ".3g"),
-            _number(row["divergence_units"], ".2g"),
+            _units(row["divergence_units"]),
         )
     return table
 
@@ -116,6 +116,11 @@ def _ratio(row: Mapping[str, Any], name: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _units(value: float | None) -> str:
+    """A few units are rounding; how many thousands they are says nothing more."""
+    return ">999" if value is not None and value > 999 else _number(value, ".3g")
 
 
 def _equal(row: Mapping[str, Any]) -> str:

@@ -107,6 +107,7 @@ class _Bench:
         self._reference = model if model.dtype == torch.float32 else None
         self._budget = Budget(plan)
         self._result = BenchResult()
+        self._cells_done = 0
         self._modes: list[str] = []
 
     def run(self, prompts: Prompts, progress: Progress) -> BenchResult:
@@ -163,6 +164,7 @@ class _Bench:
         share, seed = head_share(self._model), self._plan.seed
         rows = [build_row(cell, name, head_share=share, seed=seed) for name in names]
         self._budget.learn(self._budget.spent - begun, batches)
+        self._cells_done += 1
         return rows
 
     def _measure(self, group: str, batches: Sequence[Batch]) -> Measured:
@@ -179,7 +181,7 @@ class _Bench:
             batches,
             rounds=plan.repeats,
             counted=counted,
-            warm_up=plan.warmed_up(rows),
+            warm_up=plan.warmed_up(self._cells_done),
         )
         return Measured(
             group=group,

@@ -71,9 +71,9 @@ class Budget:
     def _work(self, batches: Sequence[Batch]) -> float:
         """Tokens that are written, each as often as it costs passes for a single one."""
         rows = len(batches[0].ids)
-        warm_up = self._plan.warmed_up(rows)
         calls = self._plan.repeats * len(batches)
-        calls += len(batches) if warm_up is None else min(warm_up, len(batches))
+        if not self._plan.quick:
+            calls += min(self._plan.warm_up or len(batches), len(batches))
         arms = 2 + len(self._plan.modes)
         if rows == 1:
             arms += 1 + EARLY_EXIT_CALLS

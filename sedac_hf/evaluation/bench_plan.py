@@ -25,8 +25,7 @@ class BenchPlan:
         tokens: Tokens that each call writes.
         prompts: Prompts of a group; a batch that needs more takes more.
         repeats: Rounds that are kept.
-        warm_up: Batches of the round before; None for all. Only batches of one prompt, where
-            `quick`, since they warm up the larger ones.
+        warm_up: Batches of the round before; None for all.
         checked: Batches that are rerun in float32; None for all. Where float32 is what is timed,
             all are compared at no cost.
         search_tokens: Tokens of each call that looks for the best layer of early-exit drafting.
@@ -85,6 +84,10 @@ class BenchPlan:
             "quick": True,
         }
 
-    def warmed_up(self, rows: int) -> int | None:
-        """Batches of `rows` prompts that are run before those that count."""
-        return 0 if self.quick and rows > min(self.batches) else self.warm_up
+    def warmed_up(self, cells: int) -> int | None:
+        """Batches that are run before those that count.
+
+        Args:
+            cells: How many cells were measured before; in a quick run they have warmed up the rest.
+        """
+        return 0 if self.quick and cells else self.warm_up

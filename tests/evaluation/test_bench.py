@@ -252,9 +252,9 @@ def test_exits_that_are_off_are_noted(micro_model, prompts):
 
 def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
     ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
-    monkeypatch.setattr("sedac_hf.evaluation.bench.time", ticks)
-    # The first cell ends after 30 s and took 10; another such one would end beyond the limit.
-    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=50)
+    monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
+    # The first cell took 10 s and ended after 30; of another one not even half would end in time.
+    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=45)
     result = run_bench(model, prompts, wide)
     assert {(row["group"], row["batch"]) for row in result.rows} == {("chat", 2)}
     assert [line for line in result.left_out if "no time left" in line] == [
@@ -262,6 +262,16 @@ def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
         "chat at batch 4: no time left",
         "code at batch 4: no time left",
     ]
+
+
+def test_what_only_a_part_is_measured_of_is_named(model, prompts, monkeypatch):
+    ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
+    monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
+    # A batch took 5 s; when the second cell is begun, 7 s are left.
+    part = plan(groups=("chat", "code"), modes=("off",), seconds=47.6)
+    result = run_bench(model, prompts, part)
+    assert [row["prompts"] for row in result.rows] == [4, 2]
+    assert "code at batch 2: 1 of 2 batches, no time left" in result.left_out
 
 
 def test_llama_cpp_gets_a_row_and_a_ratio(model, prompts, clock):
@@ -310,11 +320,12 @@ def test_plans_that_cannot_be_are_refused(values, error):
         BenchPlan(**values)
 
 
-def test_a_quick_plan_warms_up_small_batches_only():
-    quick = BenchPlan(**BenchPlan.quick_sizes())
-    assert quick.warmed_up(1) == 1
-    assert quick.warmed_up(8) == 0
-    assert BenchPlan().warmed_up(8) == BenchPlan().warm_up
+def test_a_quick_run_warms_up_its_first_cell_only(model, prompts, clock):
+    sizes = {**BenchPlan.quick_sizes(), "seconds": None, "tokens": 2, "prompts": 4}
+    quick = BenchPlan(**sizes, groups=("chat", "code"), batches=(2,), modes=("off",))
+    run_bench(model, prompts, quick)
+    # Two batches a group, and one more of the first before they count.
+    assert [name for name, *_ in clock].count("off") == 1 + 2 + 2
 
 
 def test_arms_of_modes_write_what_the_mode_writes(model, prompts):

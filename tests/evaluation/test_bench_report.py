@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -103,11 +104,12 @@ def test_without_a_limit_everything_is_affordable():
 
 def test_time_is_dealt_by_work_and_learned_from_what_a_cell_took(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time.monotonic", lambda: now[0])
-    budget = Budget(BenchPlan(seconds=100.0, warm_up=0))
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", clock)
+    budget = Budget(BenchPlan(seconds=100.0, quick=True))
     same = cells(4, 4)
     assert budget.affordable(same) == 4  # nothing is known yet
-    budget.learn(50.0, same[0])
+    budget.learn(49.0, same[0])
     assert budget.affordable(same) == 4
     budget.learn(75.0, same[0])
     assert budget.affordable(same) == 2  # half of the time, half of the work

@@ -6,6 +6,7 @@
 #   TORCH_INDEX=URL          take torch from this package index (a CPU build, for example)
 #   MODEL_SOURCE=FILE        local copy of the reference model's wheel or GGUF file
 #   PYTEST_ARGS="-k cli"     further arguments for pytest
+#   BENCH_ARGS=--uncertified further arguments for `sedac bench --quick`
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -19,6 +20,7 @@ TORCH_INDEX ?=
 MODEL_SOURCE ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadscope
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 PY := $(VENV)/bin/python
 STAMPS := $(VENV)/.stamps
@@ -86,9 +88,9 @@ format: core ## rewrite Python and Rust in the house style
 	"$(PY)" -m ruff format .
 	$(CARGO) fmt --manifest-path $(MANIFEST)
 
-bench: setup ## measure the Rust core, then exits on the reference model
+bench: setup ## measure the Rust core, then every mode on the reference model, in ratios
 	PYO3_PYTHON="$(abspath $(PY))" $(CARGO) bench --manifest-path $(MANIFEST)
-	"$(PY)" -m sedac_hf eval
+	"$(PY)" -m sedac_hf bench --quick $(BENCH_ARGS)
 
 clean: ## remove what was built; the environment and the model stay
 	$(CARGO) clean --manifest-path $(MANIFEST)

@@ -8,6 +8,18 @@ from typing import Annotated
 import typer
 
 from sedac_hf import __version__
+from sedac_hf.cli_options import (
+    Base,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    Mode,
+    Model,
+    Quiet,
+    Seed,
+    Uncertified,
+)
 from sedac_hf.cli_support import (
     EXIT_FAILED,
     Screen,
@@ -34,38 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No notes, no progress.")]
-Seed = Annotated[int, typer.Option(help="Seed of every draw.", min=0)]
-Device = Annotated[str, typer.Option(help="torch device; auto takes a GPU if there is one.")]
-Dtype = Annotated[
-    str, typer.Option(help="auto, float32, bfloat16 or float16; auto takes the fastest certified.")
-]
-Base = Annotated[
-    str | None, typer.Option(help="Folder or name of the base, if not where the artefact says.")
-]
-Model = Annotated[
-    str | None,
-    typer.Argument(
-        help="Artefact, or plain base: a folder or a name on the Hub.", show_default=False
-    ),
-]
-Mode = Annotated[
-    str | None,
-    typer.Option(help="off, plain, certified or exact; the artefact's own if not given."),
-]
-Uncertified = Annotated[
-    bool,
-    typer.Option("--uncertified", help="Let exits act on thresholds that no certificate covers."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        help="Texts: .jsonl (text; prompt and completion; messages), any other file with texts set "
-        "apart by blank lines, or a data set (name or name:split). Without it the base writes them."
-    ),
-]
 
 
 def _version(show: bool) -> None:
@@ -233,6 +213,71 @@ def evaluate(
     if max_increase is not None and (rise is None or rise > max_increase):
         Screen().err.print(f"perplexity rises by more than {max_increase:.2%}", style="red")
         raise typer.Exit(EXIT_FAILED)
+
+
+@app.command(epilog="Example: sedac bench my-sedac --modes exact,plain --batches 1")
+@reported
+def bench(
+    model: Model = None,
+    base: Base = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few prompts, short texts: within ten minutes.")
+    ] = False,
+    groups: Annotated[
+        str | None, typer.Option(help="Prompt groups, as chat,code,grounded.")
+    ] = None,
+    batches: Annotated[str | None, typer.Option(help="Batch sizes, as 1,4,8.")] = None,
+    modes: Annotated[str | None, typer.Option(help="Modes, as exact,certified,plain,off.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each call.", min=1)] = None,
+    prompts: Annotated[int | None, typer.Option(help="Prompts of a group.", min=1)] = None,
+    repeats: Annotated[int | None, typer.Option(help="Rounds that count.", min=1)] = None,
+    uncertified: Uncertified = False,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="The same weights as a GGUF file: a row for llama.cpp."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.", min=1)] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder that results are kept in.")
+    ] = Path("benchmarks/results"),
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Print how fast each mode writes, as ratios, and whether the tokens are the base's.
+
+    Modes take turns with base.generate(), with our own loop without exits (plain) and, at batch 1,
+    with assistant_early_exit and prompt_lookup_num_tokens. What the loop gains and what exits gain
+    are two columns. Without MODEL it measures the artefact of the repository.
+    """
+    from sedac_hf.cli_bench import plan_of, run_benchmark
+
+    plan = plan_of(
+        quick=quick,
+        groups=groups,
+        batches=batches,
+        modes=modes,
+        tokens=tokens,
+        prompts=prompts,
+        repeats=repeats,
+        seed=seed,
+    )
+    report = run_benchmark(
+        model or default_artefact(),
+        plan,
+        base=base,
+        uncertified=uncertified,
+        gguf=gguf,
+        threads=threads,
+        output=output,
+        device=device,
+        dtype=dtype,
+        screen=Screen(quiet=quiet, as_json=as_json),
+    )
+    if as_json:
+        write_json(report)
 
 
 @app.command(epilog='Example: sedac generate my-sedac "Why is the sky blue?" --trace')

@@ -243,17 +243,20 @@ def let_exits_act(loaded: Loaded) -> str:
     covered = model.cascade is not None and not model.exits_off_reason and certificate is not None
     if covered:
         return "These thresholds are certified: exits act as they would without --uncertified."
+    # In certified mode, why exits would be off was said when the artefact was loaded.
+    said = model.exits_off_reason is not None and model.config.mode == "certified"
+    thresholds = "its own thresholds"
     if model.cascade is not None:
-        why = model.exits_off_reason or "no certificate comes with the artefact"
+        why = model.exits_off_reason or "No certificate comes with the artefact."
         model.set_cascade(model.cascade)
-        return f"NOT CERTIFIED: exits act all the same. {why}"
-    if certificate is None or not certificate.walk:
+    elif certificate is not None and certificate.walk:
+        thresholds = "the safest thresholds that were tested"
+        why = certificate.statement()
+        model.set_cascade(certificate.walk[0].policy.cascade)
+    else:
         raise UsageError(f"{loaded.name} has no thresholds, so no token can leave. Fit it first.")
-    model.set_cascade(certificate.walk[0].policy.cascade)
-    return (
-        "NOT CERTIFIED: exits act all the same, by the safest thresholds that were tested. "
-        + certificate.statement()
-    )
+    note = f"NOT CERTIFIED: exits act all the same, by {thresholds}."
+    return note if said else f"{note} {why}"
 
 
 def conditions_line(loaded: Loaded) -> str:
@@ -261,7 +264,7 @@ def conditions_line(loaded: Loaded) -> str:
     here, versions = machine(), software_versions()
     device = here.get("accelerator") if loaded.model.device.type != "cpu" else here["processor"]
     return (
-        f"{loaded.dtype} ({loaded.reason}), batch 1, {here['threads']} threads on "
+        f"{loaded.dtype} ({loaded.reason}), batch 1, threads: {here['threads']}, on "
         f"{device or loaded.model.device.type}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}"
     )

@@ -322,8 +322,8 @@ def show_report(report: Mapping[str, Any], screen: Screen) -> None:
     timed = ""
     if speed:
         timed = (
-            f"; speed: {len(speed['prompt_lengths'])} prompts x {speed['max_new_tokens']} tokens x "
-            f"{speed['rounds']} rounds, greedy, medians of paired ratios with 95 % intervals"
+            f"; speed: {len(speed['prompt_lengths'])} prompts x {speed['max_new_tokens']} tokens, "
+            f"rounds: {speed['rounds']}, greedy, medians of paired ratios with 95 % intervals"
         )
     screen.out.print(
         f"Conditions: {report['conditions']}; {report['texts']}{timed}. plain: our own loop "

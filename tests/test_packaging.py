@@ -113,7 +113,7 @@ def test_the_source_archive_can_be_built_from(tmp_path: Path) -> None:
         names = {name.split("/", 1)[1] for name in content.getnames() if "/" in name}
     assert {"pyproject.toml", "README.md", "LICENSE"} <= names
     assert {"rust_core/Cargo.toml", "rust_core/src/lib.rs"} <= names
-    assert "sedac_hf/__init__.py" in names
+    assert {"sedac_hf/__init__.py", "sedac_hf/evaluation/prompts/grounded.jsonl"} <= names
     assert not any(name.startswith((".models", ".venv", "tests/__pycache__")) for name in names)
 
 

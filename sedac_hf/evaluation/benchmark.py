@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,25 @@ __all__ = [
     "SpeedResult",
     "benchmark",
     "encode_prompts",
+    "fresh_stats",
     "greedy_settings",
     "keep_stats",
+    "ratio_of",
+    "take_turns",
     "timed_call",
 ]
+
+
+class OnDevice(Protocol):
+    """What a call is given: something that lies on a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """The device that is worked on."""
+        ...
+
+
+Given = TypeVar("Given", bound=OnDevice)
 
 
 @dataclass(frozen=True)
@@ -123,25 +138,15 @@ def benchmark(
     mode = mode or model.config.mode
     inputs = [ids.to(model.device) for ids in encode_prompts(prompts, tokenizer, max_prompts)]
     arms = _arms(model, mode, max_new_tokens)
-    names = list(arms)
-    stats = ExitStats(model.exit_stats.depth, list(model.exit_stats.exits_by_layer))
-    seconds = {name: np.empty((rounds, len(inputs))) for name in names}
-    for turn in range(-1, rounds):  # round -1 warms up and is not kept
-        for at, ids in enumerate(inputs):
-            shift = (turn + at) % len(names)
-            for name in names[shift:] + names[:shift]:
-                counted = stats if name == "sedac" and turn >= 0 else None
-                with keep_stats(model, counted):
-                    spent = timed_call(arms[name], ids)
-                if turn >= 0:
-                    seconds[name][turn, at] = spent
+    stats = fresh_stats(model)
+    seconds = take_turns(model, arms, inputs, rounds=rounds, counted={"sedac": stats})
     return SpeedResult(
         mode=mode,
         tokens_per_second={
             name: float(np.median(max_new_tokens / times)) for name, times in seconds.items()
         },
         ratios={
-            name: _ratio(seconds[name] / seconds["sedac"], seed) for name in ("generate", "plain")
+            name: ratio_of(seconds[name] / seconds["sedac"], seed) for name in ("generate", "plain")
         },
         seconds={name: times.tolist() for name, times in seconds.items()},
         exits=stats.to_dict(),
@@ -150,6 +155,41 @@ def benchmark(
         rounds=rounds,
         seed=seed,
     )
+
+
+def take_turns(
+    model: SedacForCausalLM,
+    arms: Mapping[str, Callable[[Given], Any]],
+    inputs: Sequence[Given],
+    *,
+    rounds: int,
+    counted: Mapping[str, ExitStats] | None = None,
+    warm_up: int | None = None,
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Time several ways to do the same; they take turns on each input, in changing order.
+
+    Args:
+        model: The model whose own statistics are to be left alone.
+        arms: What to time, by name.
+        inputs: What each of them is given.
+        rounds: Rounds that are kept.
+        counted: Statistics that an arm's kept calls count into.
+        warm_up: Inputs of the round before the first, which is not kept; None for all.
+
+    Returns:
+        Seconds by arm, `[rounds, inputs]`.
+    """
+    names = list(arms)
+    seconds = {name: np.empty((rounds, len(inputs))) for name in names}
+    for turn in range(-1, rounds):  # round -1 warms up and is not kept
+        for at, given in enumerate(inputs[:warm_up] if turn < 0 else inputs):
+            shift = (turn + at) % len(names)
+            for name in names[shift:] + names[:shift]:
+                with keep_stats(model, (counted or {}).get(name) if turn >= 0 else None):
+                    spent = timed_call(arms[name], given)
+                if turn >= 0:
+                    seconds[name][turn, at] = spent
+    return seconds
 
 
 def greedy_settings(model: SedacForCausalLM, max_new_tokens: int) -> dict[str, Any]:
@@ -196,6 +236,15 @@ def _arms(
     }
 
 
+def fresh_stats(model: SedacForCausalLM) -> ExitStats:
+    """Statistics without a token, of the same layers as the model's own.
+
+    Args:
+        model: The wrapped model.
+    """
+    return ExitStats(model.exit_stats.depth, list(model.exit_stats.exits_by_layer))
+
+
 @contextmanager
 def keep_stats(model: SedacForCausalLM, stats: ExitStats | None = None) -> Iterator[None]:
     """Let calls count into other statistics than the model's own.
@@ -205,34 +254,40 @@ def keep_stats(model: SedacForCausalLM, stats: ExitStats | None = None) -> Itera
         stats: Where to count; None keeps nothing.
     """
     own = model.exit_stats
-    model.exit_stats = stats or ExitStats(own.depth, list(own.exits_by_layer))
+    model.exit_stats = stats or fresh_stats(model)
     try:
         yield
     finally:
         model.exit_stats = own
 
 
-def timed_call(call: Callable[[Tensor], Any], ids: Tensor) -> float:
+def timed_call(call: Callable[[Given], Any], given: Given) -> float:
     """Seconds of one call, work queued on an accelerator included.
 
     Args:
         call: What to time.
-        ids: Its argument, on the device that is worked on.
+        given: Its argument, on the device that is worked on.
 
     Returns:
         Seconds of wall-clock time.
     """
-    queued = ids.device.type != "cpu"
+    queued = given.device.type != "cpu"
     if queued:
-        torch.accelerator.synchronize(ids.device)
+        torch.accelerator.synchronize(given.device)
     start = time.perf_counter()
-    call(ids)
+    call(given)
     if queued:
-        torch.accelerator.synchronize(ids.device)
+        torch.accelerator.synchronize(given.device)
     return time.perf_counter() - start
 
 
-def _ratio(values: npt.NDArray[np.float64], seed: int) -> Ratio:
+def ratio_of(values: npt.NDArray[np.float64], seed: int) -> Ratio:
+    """Median of some ratios and its interval.
+
+    Args:
+        values: The ratios, any shape, at least one.
+        seed: Seed of the bootstrap.
+    """
     flat = values.ravel()
     return Ratio(float(np.median(flat)), bootstrap_median(flat, seed=seed))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 
 from sedac_hf import __version__
 
-__all__ = ["machine", "software_versions"]
+__all__ = ["commit", "machine", "software_versions"]
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def software_versions() -> dict[str, str]:
@@ -35,6 +38,30 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["accelerator"] = torch.cuda.get_device_name()
     return found
+
+
+def commit() -> str | None:
+    """The commit that this package is at, with `-dirty` behind it where files were changed.
+
+    Returns:
+        None where the package does not run from its own repository.
+    """
+    here = Path(__file__).relative_to(_ROOT).as_posix()
+    if _git("ls-files", here) != here:
+        return None
+    changed = _git("status", "--porcelain", "--untracked-files=no")
+    return f"{_git('rev-parse', 'HEAD')}{'-dirty' if changed else ''}"
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says in the folder of the package; None where it says no."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _processor() -> str:

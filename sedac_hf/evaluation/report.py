@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from sedac_hf.evaluation.perplexity import PerplexityResult
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["REPORT_VERSION", "build_report", "load_report", "save_report"]
+__all__ = [
+    "REPORT_VERSION",
+    "build_report",
+    "head_share",
+    "load_report",
+    "model_settings",
+    "plain_values",
+    "save_report",
+]
 
 REPORT_VERSION = 1
 
@@ -40,13 +48,7 @@ def build_report(
         `speed_vs_generate`, `speed_vs_plain` and `speed` are None.
     """
     report = asdict(quality)
-    draft = model.draft_vocabulary
-    costs = CostModel.from_base(
-        model.base_lm,
-        model.config.checkpoint_specs(),
-        probe_rank=model.config.probe_rank,
-        draft_vocabulary=0 if draft is None else len(draft),
-    )
+    costs = _costs(model)
     report |= {
         "report_version": REPORT_VERSION,
         "mode": mode,
@@ -56,13 +58,32 @@ def build_report(
         "costs": costs.to_dict(),
         "speed": speed.to_dict() if speed else None,
         "certificate": model.certificate.to_dict() if model.certificate else None,
-        "config": _settings(model),
+        "config": model_settings(model),
         "versions": software_versions(),
         "machine": machine(),
         "seeds": {"bootstrap": quality.seed} | ({"speed": speed.seed} if speed else {}),
     }
-    plain: dict[str, Any] = _plain(report)
+    plain: dict[str, Any] = plain_values(report)
     return plain
+
+
+def head_share(model: SedacForCausalLM) -> float:
+    """Share of a full pass that is in the output head, by the weights that a token reads.
+
+    Args:
+        model: The wrapped model.
+    """
+    return _costs(model).head
+
+
+def _costs(model: SedacForCausalLM) -> CostModel:
+    draft = model.draft_vocabulary
+    return CostModel.from_base(
+        model.base_lm,
+        model.config.checkpoint_specs(),
+        probe_rank=model.config.probe_rank,
+        draft_vocabulary=0 if draft is None else len(draft),
+    )
 
 
 def save_report(report: Mapping[str, Any], path: str | Path) -> None:
@@ -75,7 +96,7 @@ def save_report(report: Mapping[str, Any], path: str | Path) -> None:
     where = Path(path)
     if where.is_dir():
         where = where / "results.json"
-    text = json.dumps(_plain(report), indent=2, allow_nan=False)
+    text = json.dumps(plain_values(report), indent=2, allow_nan=False)
     write_atomically(where, text + "\n")
 
 
@@ -107,8 +128,12 @@ def load_report(path: str | Path) -> dict[str, Any]:
     return dict(report)
 
 
-def _settings(model: SedacForCausalLM) -> dict[str, Any]:
-    """What of the configuration a reader needs to repeat the result."""
+def model_settings(model: SedacForCausalLM) -> dict[str, Any]:
+    """What of the configuration a reader needs to repeat a result.
+
+    Args:
+        model: The wrapped model.
+    """
     config = model.config
     return {
         "base": config.base_model_name_or_path,
@@ -127,12 +152,16 @@ def _thresholds(model: SedacForCausalLM) -> list[dict[str, Any]]:
     return [asdict(layer) for layer in model.cascade.layers] if model.cascade else []
 
 
-def _plain(value: Any) -> Any:
-    """Plain JSON values: tuples become lists, numbers that are not finite None."""
+def plain_values(value: Any) -> Any:
+    """Plain JSON values: tuples become lists, numbers that are not finite None.
+
+    Args:
+        value: Nested values.
+    """
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain_values(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain_values(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

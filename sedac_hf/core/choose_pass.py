@@ -36,12 +36,13 @@ class PassChoice:
     Attributes:
         name: `"modules"`, or `"none"` when nothing can.
         reason: Why nothing better serves this model; empty when nothing is to be said.
-        build: Makes a pass for one call of `generate`; None when nothing can.
+        build: Makes a pass for one call of `generate` from the parts as they are for that call;
+            None when nothing can.
     """
 
     name: str
     reason: str
-    build: Callable[[], RowPass] | None
+    build: Callable[[ExitParts], RowPass] | None
 
 
 def choose_pass(parts: ExitParts) -> PassChoice:
@@ -53,7 +54,7 @@ def choose_pass(parts: ExitParts) -> PassChoice:
     reason = module_pass_reason(parts)
     if reason is not None:
         return PassChoice("none", reason, None)
-    return PassChoice("modules", "", lambda: ModulePass(parts))
+    return PassChoice("modules", "", ModulePass)
 
 
 @torch.no_grad()

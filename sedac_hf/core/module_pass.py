@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.row_pass import Placement
     from sedac_hf.core.stand_ins import LayerCall
 
-__all__ = ["ModulePass", "cache_fits", "layer_windows"]
+__all__ = ["ModulePass", "cache_fits", "layer_windows", "readable_layers"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -148,19 +148,31 @@ def cache_fits(cache: Any, num_layers: int) -> str | None:
         cache: A transformers cache after a prompt.
         num_layers: Decoder layers of the base.
     """
-    layers = getattr(cache, "layers", ())
-    kinds = sorted({type(layer).__name__ for layer in layers if type(layer) not in _READABLE})
-    if kinds or len(layers) < num_layers:
+    count = len(getattr(cache, "layers", ()))
+    if count < num_layers or not readable_layers(cache):
+        kinds = sorted({type(layer).__name__ for layer in getattr(cache, "layers", ())})
         return (
             f"Drafting needs a dynamic or static cache of {num_layers} layers; found "
-            f"{type(cache).__name__} with {len(layers)} layers {kinds or ''}. Use "
+            f"{type(cache).__name__} with {count} layers {kinds or ''}. Use "
             "cache_implementation='dynamic' or 'static', or another mode."
         )
-    if getattr(cache, "offloading", False):
-        return "Drafting needs K/V where they are computed; use a cache without offloading."
     if int(cache.get_seq_length()) == 0:
         return "Drafting goes on from a prompt; this cache is empty."
     return None
+
+
+def readable_layers(cache: Any) -> bool:
+    """Whether a cache keeps K/V in order and where they are computed.
+
+    Args:
+        cache: A transformers cache, filled or not.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is None or getattr(cache, "offloading", False):
+        return False
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    kinds = {type(layer) for layer in layers} | ({replicate} if replicate else set())
+    return kinds <= set(_READABLE)
 
 
 def layer_windows(shell: BaseShell) -> list[int | None]:

@@ -26,24 +26,20 @@ __all__ = ["TokenChooser", "Walk", "processors_by_row", "walk"]
 
 IntArray = npt.NDArray[np.int64]
 
-# Processors of transformers that keep something between calls or ask which row it is.
-_NOT_BY_ROW = frozenset(
-    {
-        "PrefixConstrainedLogitsProcessor",
-        "UnbatchedClassifierFreeGuidanceLogitsProcessor",
-        "SynthIDTextWatermarkLogitsProcessor",
-    }
+# Processors of transformers that keep something between calls.
+_STATEFUL = frozenset(
+    {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
 )
 
 
 def processors_by_row(processors: LogitsProcessorList) -> bool:
-    """Whether processors may be called with some rows of a batch, at different lengths.
+    """Whether processors may be asked about rows of a batch that differ in length.
 
     Args:
         processors: The logits processors of the call.
     """
     return all(
-        type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _NOT_BY_ROW
+        type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _STATEFUL
         for each in processors
     )
 
@@ -107,11 +103,16 @@ class TokenChooser:
         return tokens
 
     def _scored(self, texts: RowTexts, rows: Sequence[int], logits: Tensor) -> Tensor:
+        """What the processors make of the logits of rows of one length."""
         if not len(self._processors):
             return logits
-        prefix = torch.stack([texts.prefix(row) for row in rows]).to(logits.device)
-        scores: Tensor = cast(Any, self._processors)(prefix, logits)
-        return scores
+        # Some processors know each row of the batch by its place: rows of another length are
+        # stood in for by one that is asked about.
+        place = {row: at for at, row in enumerate(rows)}
+        order = [place.get(row, 0) for row in range(self._rows)]
+        prefix = torch.stack([texts.prefix(row) for row in rows])[order].to(logits.device)
+        scores: Tensor = cast(Any, self._processors)(prefix, logits[order])
+        return scores[list(rows)]
 
     def _draw(self, rows: Sequence[int], step: int, scores: Tensor) -> list[int]:
         if not self._sample:

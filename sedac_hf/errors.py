@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "ArtefactError",
     "BaseNotFoundError",
+    "CacheError",
     "CalibrationError",
     "CertificateError",
     "ConfigError",
@@ -30,6 +31,10 @@ class UnsupportedModelError(SedacError):
 
 class ModeError(SedacError, ValueError):
     """A mode was asked for that does not exist or cannot be used here."""
+
+
+class CacheError(SedacError):
+    """A cache keeps its K/V in a form that cannot be used, or has no room for more."""
 
 
 class CalibrationError(SedacError):

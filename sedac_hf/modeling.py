@@ -29,9 +29,9 @@ from sedac_hf.delegation import (
     untrained_base,
 )
 from sedac_hf.errors import ModeError
+from sedac_hf.generation.exact import ExactDecoding
 from sedac_hf.generation.finish import finish_generation
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor
-from sedac_hf.modes import ModeControl
 
 if TYPE_CHECKING:
     from sedac_hf.artefact_format import ArtefactOrigin
@@ -41,7 +41,7 @@ __all__ = ["SedacForCausalLM"]
 
 
 class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
-    ArtefactMethods, ModeControl, BaseDelegation, PreTrainedModel, GenerationMixin
+    ArtefactMethods, ExactDecoding, BaseDelegation, PreTrainedModel, GenerationMixin
 ):
     """A causal language model whose easy tokens leave early.
 
@@ -247,7 +247,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             session.pending = None
             return self.base_lm(**arguments)
         parts = self.assembly.parts
-        if session.cascade is None:
+        if session.cascade is None and not session.drafts:
             return self.shell.run(parts.passes.run_all, **arguments)
         loop = DecodeLoop(parts, session, arguments.get("attention_mask"))
         return self.shell.run(loop, **arguments)

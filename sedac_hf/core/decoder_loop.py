@@ -161,7 +161,7 @@ class DecodeLoop:
         cache = parts.shell.cache_of(calls[0])
         if cache is None or not self._in_step(cache):
             return parts.passes.run(hidden, calls, 0, len(calls))
-        if hidden.shape[1] > 1:
+        if hidden.shape[1] > 1 or session.cascade is None:
             return self._prefill(hidden, calls, cache)
         if self._eligible is None and int(cache.get_seq_length()) == 0:
             return self._prefill(hidden, calls, cache)

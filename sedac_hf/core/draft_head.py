@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -42,6 +43,31 @@ class DraftHead:
         """The smaller output layer; None when the base's whole head is to be used."""
         return self._linear
 
+    @property
+    def tokens(self) -> Tensor | None:
+        """Token ids that `linear` scores, `[draft vocabulary]`; None for all of the base's."""
+        return None if self._linear is None else self._tokens
+
+    def extended(self, tokens: Tensor) -> DraftHead:
+        """The same with the tokens of a prompt beside it.
+
+        Args:
+            tokens: Token ids of any shape.
+        """
+        if self._linear is None or self._tokens is None:
+            return self
+        known = self._tokens.to(tokens.device)
+        more = torch.unique(tokens)
+        more = more[~torch.isin(more, known)]
+        if not len(more):
+            return self
+        own = self._linear
+        added = _rows_of(cast(nn.Linear, self._shell.base.get_output_embeddings()), more)
+        larger = copy.copy(self)
+        larger._tokens = torch.cat([known, more])
+        larger._linear = _joined(own, added)
+        return larger
+
     def prepare(self) -> None:
         """Take the rows anew if the base's head has changed.
 
@@ -72,6 +98,19 @@ def _rows_of(head: nn.Linear, tokens: Tensor) -> nn.Linear:
     if head.bias is not None:
         small.bias = nn.Parameter(head.bias.detach()[tokens], requires_grad=False)
     return small
+
+
+@torch.no_grad()
+def _joined(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """One layer with the rows of two."""
+    count = first.out_features + second.out_features
+    rows: dict[str, Any] = {"device": "meta", "dtype": first.weight.dtype}
+    both = nn.Linear(first.in_features, count, bias=first.bias is not None, **rows)
+    weight = torch.cat([first.weight, second.weight])
+    both.weight = nn.Parameter(weight, requires_grad=False)
+    if first.bias is not None:
+        both.bias = nn.Parameter(torch.cat([first.bias, second.bias]), requires_grad=False)
+    return both
 
 
 def _check_tokens(tokens: Tensor, vocab_size: int) -> None:

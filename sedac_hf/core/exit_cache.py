@@ -156,4 +156,6 @@ def predecessor_visible(mask: Any, past: int, seq: int) -> Tensor | None:
         return functional.pad(mask.bool(), (1, 0))[:, past : past + seq]
     seen = mask if mask.dtype == torch.bool else mask == 0
     rows = torch.arange(seq, device=mask.device)
-    return functional.pad(seen[:, 0], (1, 0))[:, rows, rows + past]
+    # A window that has moved on shows its last positions only.
+    gone = max(0, past + seq - seen.shape[-1])
+    return functional.pad(seen[:, 0], (1, 0))[:, rows, rows + past - gone]

@@ -20,6 +20,7 @@ from sedac_hf.errors import ConfigError
 if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.base_shell import BaseShell
+    from sedac_hf.core.choose_pass import PassChoice
     from sedac_hf.core.probe_inference import ProbeManager
 
 __all__ = ["Assembly", "build_heads", "check_cascade", "check_modules"]
@@ -30,6 +31,7 @@ class Assembly:
 
     Attributes:
         parts: What the loop works with.
+        pass_choice: What runs loops that draft and verify; None until it was asked for.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Assembly:
         self._fill = KVFill(shell, first)
         self._probe_watch: WeightWatch | None = None
         self._controllers: dict[CascadeConfig, CascadeController] = {}
+        self.pass_choice: PassChoice | None = None
         self.parts = ExitParts(
             shell=shell,
             passes=LayerPass(shell, self._fill),

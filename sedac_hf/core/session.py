@@ -184,6 +184,7 @@ class ExitSession:
         owner: The model whose call this is; a call of another model inside it has its own.
         mode: The mode of the call.
         cascade: Decides who leaves; None when nobody may.
+        drafts: Whether exits draft in this call, so that their heads must follow the prompt.
         records: One record per generated token, in order.
         pending: Record of the last forward, until the logits processor commits it.
         cache: The cache that was last looked at.
@@ -196,6 +197,7 @@ class ExitSession:
     owner: object
     mode: str
     cascade: CascadeController | None = None
+    drafts: bool = False
     records: list[StepRecord] = field(default_factory=list)
     pending: StepRecord | None = None
     cache: object = None

@@ -1,0 +1,196 @@
+"""Choosing tokens as the base alone would, and following drafts as long as they agree.
+
+A token is always drawn from the base's own distribution at its place: the walk goes on to a child
+only if the token that was drawn is that child's. So whatever was drafted, in whatever way, the text
+has the base's distribution; drafts decide how far one verification carries, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers.generation import logits_process
+
+if TYPE_CHECKING:
+    from transformers import LogitsProcessorList
+
+    from sedac_hf.generation.draft_tree import DraftTree
+    from sedac_hf.generation.row_texts import RowTexts
+
+__all__ = ["TokenChooser", "Walk", "processors_by_row", "walk"]
+
+IntArray = npt.NDArray[np.int64]
+
+# Processors of transformers that keep something between calls.
+_STATEFUL = frozenset(
+    {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
+)
+
+
+def processors_by_row(processors: LogitsProcessorList) -> bool:
+    """Whether processors may be asked about rows of a batch that differ in length.
+
+    Args:
+        processors: The logits processors of the call.
+    """
+    return all(
+        type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _STATEFUL
+        for each in processors
+    )
+
+
+class TokenChooser:
+    """Draws the next token of some rows from the base's logits.
+
+    The random numbers are those that transformers would draw at each step for the whole batch, so
+    that a seed gives the text that it gives without drafts.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, sample: bool, rows: int) -> None:
+        """Work for one call of `generate`.
+
+        Args:
+            processors: The logits processors of the call, those of this package left out.
+            sample: Whether to sample; else the most probable token is taken.
+            rows: Rows of the batch.
+        """
+        self._processors = processors
+        self._sample = sample
+        self._rows = rows
+        self._noise: dict[int, Tensor] = {}
+        self._drawn = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is simply the one with the largest logit."""
+        return not self._sample and not len(self._processors)
+
+    def choose(self, texts: RowTexts, rows: Sequence[int], logits: Tensor) -> list[int]:
+        """Choose the next token of some rows, and append it.
+
+        Args:
+            texts: The texts so far.
+            rows: Which rows.
+            logits: The base's logits for them, `[len(rows), vocabulary]`.
+
+        Returns:
+            The tokens.
+        """
+        logits = logits.float()
+        tokens = [0] * len(rows)
+        lengths = texts.new[list(rows)]
+        for length in np.unique(lengths):
+            places = np.flatnonzero(lengths == length).tolist()
+            own = [rows[place] for place in places]
+            part = logits[places]
+            # Processors may write into what they are given.
+            scores = self._scored(texts, own, part.clone())
+            drawn = self._draw(own, int(length), scores)
+            for place, token in zip(places, drawn, strict=True):
+                tokens[place] = token
+            if texts.wants_logits:
+                for i, place in enumerate(places):
+                    texts.append(rows[place], tokens[place], scores[i].clone(), part[i].clone())
+            else:
+                for place in places:
+                    texts.append(rows[place], tokens[place])
+        self._forget(int(texts.new[~texts.done].min()) if (~texts.done).any() else self._drawn)
+        return tokens
+
+    def _scored(self, texts: RowTexts, rows: Sequence[int], logits: Tensor) -> Tensor:
+        """What the processors make of the logits of rows of one length."""
+        if not len(self._processors):
+            return logits
+        # Some processors know each row of the batch by its place: rows of another length are
+        # stood in for by one that is asked about.
+        place = {row: at for at, row in enumerate(rows)}
+        order = [place.get(row, 0) for row in range(self._rows)]
+        prefix = torch.stack([texts.prefix(row) for row in rows])[order].to(logits.device)
+        scores: Tensor = cast(Any, self._processors)(prefix, logits[order])
+        return scores[list(rows)]
+
+    def _draw(self, rows: Sequence[int], step: int, scores: Tensor) -> list[int]:
+        if not self._sample:
+            chosen: list[int] = scores.argmax(-1).tolist()
+            return chosen
+        while self._drawn <= step:
+            # As torch.multinomial draws one sample: the largest of p / exponential noise.
+            noise = torch.empty(
+                (self._rows, scores.shape[-1]), dtype=torch.float32, device=scores.device
+            )
+            self._noise[self._drawn] = noise.exponential_(1)
+            self._drawn += 1
+        drawn: list[int] = (scores.softmax(-1) / self._noise[step][list(rows)]).argmax(-1).tolist()
+        return drawn
+
+    def _forget(self, step: int) -> None:
+        """Let go of the random numbers of steps that every row has taken."""
+        for past in [kept for kept in self._noise if kept < step]:
+            del self._noise[past]
+
+
+class Walk(NamedTuple):
+    """How far each row went.
+
+    Attributes:
+        path: Nodes that stay, the root first, `[rows, most]`; zeros behind a row's own.
+        counts: How many stay, `[rows]`; 0 for rows that had stopped before.
+        roots: Each row's last token, `[rows]`.
+    """
+
+    path: IntArray
+    counts: IntArray
+    roots: IntArray
+
+
+def walk(
+    chooser: TokenChooser, texts: RowTexts, trees: Sequence[DraftTree], logits: Tensor
+) -> Walk:
+    """Follow each tree as long as the token that the base gives is among the children.
+
+    Args:
+        chooser: Draws tokens.
+        texts: The texts; they are appended to.
+        trees: One tree per row.
+        logits: The base's logits at every node, `[rows, nodes, vocabulary]`.
+    """
+    rows = len(trees)
+    best: Any = None
+    sound: Any = None
+    if chooser.is_plain and not texts.wants_logits:
+        top = logits.max(-1)
+        best, sound = top.indices.tolist(), torch.isfinite(top.values).tolist()
+    node = np.zeros(rows, np.int64)
+    paths: list[list[int]] = [[] for _ in range(rows)]
+    roots = np.array([tree.tokens[0] for tree in trees], np.int64)
+    going = [row for row in range(rows) if not texts.done[row]]
+    while going:
+        if best is not None:
+            tokens = [best[row][node[row]] for row in going]
+            for row, token in zip(going, tokens, strict=True):
+                texts.append(row, token)
+            finite = [sound[row][node[row]] for row in going]
+        else:
+            at = logits[going, node[going].tolist()]
+            finite = torch.isfinite(at.amax(-1)).tolist()
+            tokens = chooser.choose(texts, going, at)
+        still = []
+        for row, token, is_finite in zip(going, tokens, finite, strict=True):
+            paths[row].append(int(node[row]))
+            roots[row] = token
+            child = trees[row].child(int(node[row]), token)
+            # Behind logits that are not numbers no draft is believed.
+            if child is not None and is_finite and not texts.done[row]:
+                node[row] = child
+                still.append(row)
+        going = still
+    counts = np.array([len(path) for path in paths], np.int64)
+    path = np.zeros((rows, max(1, int(counts.max()))), np.int64)
+    for row, own in enumerate(paths):
+        path[row, : len(own)] = own
+    return Walk(path, counts, roots)

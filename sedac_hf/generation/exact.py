@@ -1,0 +1,133 @@
+"""Exact mode inside `generate`: exits and the text itself draft, the full depth verifies."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from sedac_hf.core.choose_pass import PassChoice, choose_pass
+from sedac_hf.core.session import ExitSession, active_session
+from sedac_hf.generation.acceptance import TokenChooser
+from sedac_hf.generation.exact_call import ExactCall, cache_of, rows_behind, why_not
+from sedac_hf.generation.exact_loop import ExactLoop
+from sedac_hf.generation.governor import Shape
+from sedac_hf.generation.head_draft import HeadDraft
+from sedac_hf.generation.row_texts import RowTexts
+from sedac_hf.modes import ModeControl
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+    from transformers.generation.streamers import BaseStreamer
+
+__all__ = ["ExactDecoding"]
+
+
+class ExactDecoding(ModeControl):
+    """The part of the model that decodes in exact mode."""
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Greedy search and sampling; as transformers does it where exact mode cannot serve."""
+        own: Any = super()
+        session = active_session(self)
+        if session is not None and session.mode == "exact":
+            call = ExactCall(
+                input_ids, logits_processor, stopping_criteria, generation_config, streamer
+            )
+            choice = self._pass_choice()
+            reason: str | None = choice.reason
+            if choice.build is not None:
+                reason = "rows wait for other processes" if synced_gpus else None
+                reason = reason or why_not(call, model_kwargs)
+            if reason is None:
+                return self._decode_exactly(session, choice, call, model_kwargs)
+        return own._sample(
+            input_ids,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            generation_config=generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    def _pass_choice(self) -> PassChoice:
+        """The pass that serves this model, found out once."""
+        assembly = self.assembly
+        if assembly.pass_choice is None:
+            assembly.pass_choice = choose_pass(assembly.parts)
+        return assembly.pass_choice
+
+    @torch.no_grad()
+    def _decode_exactly(
+        self,
+        session: ExitSession,
+        choice: PassChoice,
+        call: ExactCall,
+        model_kwargs: dict[str, Any],
+    ) -> Any:
+        """Prompt by the ordinary forward, then cycles of drafting and verifying."""
+        model: Any = self
+        session.drafts = bool(len(self.exit_heads))
+        session.prompt_length = call.input_ids.shape[1]
+        outputs = model._prefill(call.input_ids, call.config, model_kwargs)
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+        del outputs
+        cache = cache_of(model_kwargs)
+        parts = self.assembly.parts
+        parts = replace(parts, draft=parts.draft.extended(call.input_ids))
+        assert choice.build is not None
+        run = choice.build(parts)
+        state = rows_behind(model_kwargs, run.load(cache))
+        texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
+        sample = bool(call.config.do_sample)
+        chooser = TokenChooser(call.own_processors, sample, state.rows)
+        last = self._last_state(cache, state.rows)
+        head = None
+        if session.in_step and parts.heads:
+            spec = parts.heads[0].spec
+            head = HeadDraft(run, 0, spec, state, parts.draft.tokens, last)
+        returned = bool(call.config.return_dict_in_generate)
+        stores = returned or bool(getattr(cache, "_is_user_defined", False))
+        depth = self.shell.num_layers
+        loop = ExactLoop(run, depth, state, texts, chooser, head, keeps_states=stores)
+        loop.begin(logits)
+        loop.decode(Shape(8, 2, 2))
+        texts.end()
+        if stores:
+            if head is not None:
+                states = loop.catch_up([each.spec for each in parts.heads], last)
+                if parts.layout.has_feedback and states.shape[1]:
+                    parts.layout.push_states(cache, states)
+            run.store(cache, state.length)
+        sequences = texts.sequences()
+        if not returned:
+            return sequences
+        name = "cache" if "cache" in model_kwargs else "past_key_values"
+        scores, raw = texts.scores(), texts.logits()
+        output: Any = GenerateDecoderOnlyOutput
+        return output(sequences=sequences, scores=scores, logits=raw, **{name: cache})
+
+    def _last_state(self, cache: Any, rows: int) -> Tensor:
+        """Final-layer state of the prompt's end, `[rows, 1, width]`; zeros if it is not kept."""
+        shell = self.shell
+        width = int(shell.base.config.hidden_size)
+        like = torch.zeros((rows, 1, width), dtype=shell.base.dtype, device=shell.input_device)
+        layout = self.assembly.parts.layout
+        session = active_session(self)
+        if not layout.has_feedback or session is None or not session.in_step:
+            return like
+        return layout.last_state(cache, like)

@@ -1,0 +1,186 @@
+"""Drafting with an exit head: its own K/V follow the text, true states redo what was drafted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedac_hf.generation.draft_tree import stack_trees
+from sedac_hf.generation.row_state import chain_mask, gather_nodes
+
+if TYPE_CHECKING:
+    from sedac_hf.config import CheckpointSpec
+    from sedac_hf.core.row_pass import Placement, RowPass
+    from sedac_hf.generation.draft_tree import DraftTree
+    from sedac_hf.generation.governor import Shape
+    from sedac_hf.generation.row_state import RowState
+
+__all__ = ["HeadDraft"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+class HeadDraft:
+    """One exit head as the source of drafts.
+
+    Its cache holds every settled position computed from the true final state of the position
+    before. Accepted drafts were computed from stand-ins, so they are redone, together with the
+    next root, in the first call of the next draft.
+    """
+
+    def __init__(
+        self,
+        run: RowPass,
+        k: int,
+        spec: CheckpointSpec,
+        state: RowState,
+        tokens: Tensor | None,
+        last: Tensor,
+    ) -> None:
+        """Draft with head `k`.
+
+        Args:
+            run: Runs layers and heads.
+            k: Index of the head.
+            spec: Its checkpoint.
+            state: Where the rows stand; right behind the prompt.
+            tokens: Token ids of the draft vocabulary; None for all.
+            last: The prompt's last final-layer state, `[rows, 1, width]`.
+        """
+        self.k = k
+        self.layer = spec.layer_idx
+        self._feeds = spec.feedback
+        self._run = run
+        self._state = state
+        self._tokens = tokens
+        self._length = state.length.copy()
+        self._last = last
+        self._has_root = False
+        # Positions that the head's cache lacks: states at the checkpoint, and the final-layer
+        # states of their predecessors, `[rows, most, width]` each.
+        self._pending = last[:, :0]
+        self._before = last[:, :0]
+        self._counts = np.zeros(state.rows, np.int64)
+
+    def enter(self, tokens: IntArray, depths: IntArray, seen: npt.NDArray[np.bool_]) -> Tensor:
+        """States at the checkpoint, on the base's own slots.
+
+        Args:
+            tokens: Tokens of nodes, `[rows, n]`.
+            depths: Their depths, `[rows, n]`.
+            seen: Which open nodes each sees, `[rows, n, open]`.
+
+        Returns:
+            `[rows, n, width]`.
+        """
+        at = self._state.place(depths, seen)
+        hidden = self._run.embed(torch.from_numpy(tokens), at.positions)
+        if self.layer >= 0:
+            hidden = self._run.layers(hidden, at, 0, self.layer + 1)
+        return hidden
+
+    def draft(
+        self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], shape: Shape
+    ) -> Tensor:
+        """Grow trees from their roots.
+
+        Args:
+            trees: One per row, with its root alone taken.
+            alive: Rows that go on, `[rows]`.
+            shape: How many levels, nodes a level and candidates a node.
+
+        Returns:
+            States at the checkpoint of all nodes taken, `[rows, nodes, width]`.
+        """
+        rows = len(trees)
+        zero = np.zeros((rows, 1), np.int64)
+        stacked = stack_trees(trees)
+        hidden = self.enter(stacked.tokens, zero, stacked.seen)
+        states = self._redo_and_root(hidden, alive)
+        self._offer(trees, states, zero, shape.nodes - 1)
+        for _ in range(shape.levels - 1):
+            at = len(trees[0])
+            if max(tree.best_pending() for tree in trees) < shape.least_level:
+                break
+            if not any([tree.take(shape.width, shape.least, at) for tree in trees]):
+                break
+            stacked = stack_trees(trees)
+            new = slice(at, len(trees[0]))
+            depths, parents = stacked.depths[:, new], stacked.parents[:, new]
+            fresh = self.enter(stacked.tokens[:, new], depths, stacked.seen[:, new])
+            hidden = torch.cat([hidden, fresh], dim=1)
+            # The root is settled in the head's own cache: the open nodes are those behind it.
+            where = self._state.place(depths - 1, stacked.seen[:, new, 1:], self._length)
+            stand_in = gather_nodes(states, parents)
+            fresh = self._head(fresh, stand_in, where)
+            states = torch.cat([states, fresh], dim=1)
+            nodes = np.tile(np.arange(new.start, new.stop), (rows, 1))
+            self._offer(trees, fresh, nodes, shape.nodes - 1)
+        return hidden
+
+    def settled(self, hidden: Tensor, final: Tensor, path: IntArray, counts: IntArray) -> None:
+        """Take note of what was accepted.
+
+        Args:
+            hidden: States at the checkpoint of all nodes, `[rows, nodes, width]`.
+            final: Their final-layer states, same shape.
+            path: Nodes that stay, the root first, `[rows, most]`.
+            counts: How many stay, `[rows]`.
+        """
+        kept = gather_nodes(final, path)
+        before = torch.cat([self._last, kept[:, :-1]], dim=1)
+        skip = 1 if self._has_root else 0
+        new = np.maximum(counts - skip, 0)
+        order = np.arange(int((self._counts + new).max()))
+        room = self._pending.shape[1]
+        own = np.where(order < self._counts[:, None], order, order - self._counts[:, None] + room)
+        # Behind a row's own anything may stand, but it must exist.
+        own = np.minimum(own, room + path.shape[1] - skip - 1) if len(order) else own
+        fresh = gather_nodes(hidden, path[:, skip:])
+        self._pending = gather_nodes(torch.cat([self._pending, fresh], dim=1), own)
+        self._before = gather_nodes(torch.cat([self._before, before[:, skip:]], dim=1), own)
+        self._counts = self._counts + new
+        at = np.maximum(counts - 1, 0)[:, None]
+        stays = torch.from_numpy(counts == 0).to(kept.device).view(-1, 1, 1)
+        self._last = torch.where(stays, self._last, gather_nodes(kept, at))
+        self._has_root = False
+
+    def _redo_and_root(self, root: Tensor, alive: npt.NDArray[np.bool_]) -> Tensor:
+        """One call over the positions that the cache lacks and the root; the root's state."""
+        most = int(self._counts.max())
+        order = np.arange(most + 1)
+        # Behind a row's own positions stands its root, over and over.
+        own = np.where(order < self._counts[:, None], order, most)
+        hidden = gather_nodes(torch.cat([self._pending[:, :most], root], dim=1), own)
+        feedback = gather_nodes(torch.cat([self._before[:, :most], self._last], dim=1), own)
+        steps = np.minimum(order, self._counts[:, None])
+        at = self._state.place(steps, chain_mask(self._counts + 1, most + 1), self._length)
+        states = self._head(hidden, feedback, at)
+        found = gather_nodes(states, self._counts[:, None])
+        self._length = self._length + self._counts + alive
+        self._counts = np.zeros_like(self._counts)
+        self._pending, self._before = root[:, :0], root[:, :0]
+        self._has_root = True
+        return found
+
+    def _head(self, hidden: Tensor, feedback: Tensor, at: Placement) -> Tensor:
+        return self._run.head(self.k, hidden, feedback if self._feeds else None, at)
+
+    def _offer(
+        self, trees: Sequence[DraftTree], states: Tensor, nodes: IntArray, most: int
+    ) -> None:
+        """Put up the most probable continuations of some nodes."""
+        logits = self._run.draft_logits(states).float()
+        top = logits.topk(min(most, logits.shape[-1]), dim=-1)
+        chances = (top.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
+        ids = top.indices if self._tokens is None else self._tokens.to(top.indices)[top.indices]
+        tokens = ids.tolist()
+        for row, tree in enumerate(trees):
+            for column, node in enumerate(nodes[row].tolist()):
+                if tree.scores[node] > 0:  # no blank
+                    tree.offer(node, tokens[row][column], chances[row][column])

@@ -1,0 +1,95 @@
+"""Which candidates become nodes, in what order, and how paths are shared."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sedac_hf.generation.draft_tree import BLANK, HEAD, LOOKUP, ROOT, DraftTree, stack_trees
+
+
+def test_the_most_probable_paths_are_taken_first() -> None:
+    tree = DraftTree(9, limit=3)
+    tree.offer(0, [1, 2, 3], [0.6, 0.3, 0.1])
+    assert tree.take(2) == [1, 2]
+    tree.offer(1, [4, 5], [0.5, 0.1])
+    tree.offer(2, [6], [0.9])
+    # 0.6 * 0.5 = 0.3, 0.3 * 0.9 = 0.27, 0.1, 0.6 * 0.1 = 0.06
+    assert tree.take(9) == [3, 4, 5, 6]
+    assert tree.tokens == [9, 1, 2, 4, 6, 3, 5]
+    assert tree.parents == [-1, 0, 0, 1, 2, 0, 1]
+    assert tree.scores == pytest.approx([1, 0.6, 0.3, 0.3, 0.27, 0.1, 0.06])
+    assert tree.ranks == [0, 0, 1, 0, 0, 2, 1]
+    assert tree.child(1, 4) == 3
+    assert tree.child(2, 4) is None
+
+
+def test_what_is_below_the_least_probability_stays_out() -> None:
+    tree = DraftTree(9, limit=3)
+    tree.offer(0, [1, 2], [0.6, 0.3])
+    assert tree.best_pending() == 0.6
+    assert tree.take(5, least=0.4) == [1]
+    assert tree.best_pending() == 0.3
+    assert tree.take(5) == [2]
+    assert tree.best_pending() == 0
+
+
+def test_no_node_lies_deeper_than_the_limit() -> None:
+    tree = DraftTree(9, limit=2)
+    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7])
+    assert len(tree.take(9)) == 2
+    tree.offer(2, [4], [0.9])
+    assert tree.take(9) == []
+    none = DraftTree(9, limit=0)
+    none.offer(0, [1], [0.9])
+    none.offer_path([1], [0.9])
+    assert none.take(9) == []
+
+
+def test_a_path_found_as_a_whole_shares_the_nodes_that_are_there() -> None:
+    tree = DraftTree(9, limit=5)
+    tree.offer(0, [1, 2], [0.6, 0.3])
+    tree.offer_path([1, 7, 8], [0.5, 0.45, 0.4])
+    assert tree.take(9) == [1, 2, 3, 4]
+    assert tree.tokens == [9, 1, 7, 8, 2]
+    assert tree.parents == [-1, 0, 1, 2, 0]
+    assert tree.origins == [ROOT, HEAD, LOOKUP, LOOKUP, HEAD]
+
+
+def test_children_of_nodes_that_are_not_known_yet_wait() -> None:
+    tree = DraftTree(9, limit=5)
+    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7])
+    tree.offer(0, [4], [0.5])
+    assert tree.take(9, known=1) == [1, 2]
+    assert tree.tokens == [9, 1, 4]
+    assert tree.take(9, known=3) == [3]
+    assert tree.take(9) == [4]
+    assert tree.tokens == [9, 1, 4, 2, 3]
+
+
+def test_what_is_not_finite_is_no_candidate() -> None:
+    tree = DraftTree(9, limit=5)
+    tree.offer(0, [1, 2, 3], [float("nan"), 0.5, float("inf")])
+    assert tree.take(9) == [1]
+    assert tree.tokens == [9, 2]
+
+
+def test_rows_are_padded_with_blanks_that_no_token_reaches() -> None:
+    small, large = DraftTree(9, limit=5), DraftTree(8, limit=5)
+    large.offer(0, [1, 2], [0.6, 0.3])
+    large.take(9)
+    large.offer(1, [3], [0.9])
+    large.take(9)
+    stacked = stack_trees([small, large])
+    assert stacked.tokens.tolist() == [[9, 9, 9, 9], [8, 1, 2, 3]]
+    assert stacked.depths.tolist() == [[0, 1, 1, 1], [0, 1, 1, 2]]
+    assert small.origins == [ROOT, BLANK, BLANK, BLANK]
+    assert small.child(0, 9) is None
+    one, zero = True, False
+    expected = [
+        [one, zero, zero, zero],
+        [one, one, zero, zero],
+        [one, zero, one, zero],
+        [one, one, zero, one],
+    ]
+    assert np.array_equal(stacked.seen[1], expected)

@@ -149,6 +149,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         strategy: What an exit skips; `"hard"` skips the tail.
         kv_mode: How the tail's K/V of an exited token come about: `"propagate"` from its frozen
             state at once, `"settle"` by running the tail later, which gives the base's own.
+        max_pending: Exited tokens that may wait for their tails where exits are settled.
         certified_dtypes: Data types the certificate was obtained in, such as `"bfloat16"`.
         use_cache: Whether decoding keeps K/V.
     """
@@ -169,6 +170,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     mode: str = "certified"
     strategy: str = "hard"
     kv_mode: str = "propagate"
+    max_pending: int = 8
     certified_dtypes: list[str] | None = None
     use_cache: bool = True
 
@@ -193,6 +195,8 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         _check_choice("kv_mode", self.kv_mode, KV_MODES)
         if self.probe_rank < 1:
             raise ConfigError(f"probe_rank must be at least 1, found {self.probe_rank}.")
+        if self.max_pending < 1:
+            raise ConfigError(f"max_pending must be at least 1, found {self.max_pending}.")
         specs = self.checkpoint_specs()
         layers = [spec.layer_idx for spec in specs]
         if layers != sorted(set(layers)):

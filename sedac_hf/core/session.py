@@ -191,6 +191,7 @@ class ExitSession:
         in_step: Whether the exit heads have K/V of every position in that cache.
         prompt_length: Positions before the first generated token; None until it is known.
         eos_tokens: Ids that end a row, or None.
+        passes: Times that the last layer was run, where that is not once per token.
         settles: Whether the tail of an exited token is run later, so that K/V are the base's own.
     """
 
@@ -205,6 +206,12 @@ class ExitSession:
     prompt_length: int | None = None
     eos_tokens: Tensor | None = None
     settles: bool = False
+    passes: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether the tail of some tokens is run later than those tokens are chosen."""
+        return self.mode == "exact" or (self.settles and self.cascade is not None)
 
     def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
         """Take the pending record into the list.

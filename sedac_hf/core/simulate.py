@@ -9,7 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sedac_hf.core.decoder_loop import ExitParts, checkpoint_decision, top_probability
+from sedac_hf.core.decoder_loop import ExitParts
+from sedac_hf.core.exit_step import checkpoint_decision, top_probability
 from sedac_hf.core.recorded_pass import RecordedPass
 from sedac_hf.core.stepwise import empty_trace, step_by_step
 from sedac_hf.errors import ConfigError, ModeError

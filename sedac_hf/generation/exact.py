@@ -17,6 +17,7 @@ from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.governor import Shape
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.row_texts import RowTexts
+from sedac_hf.generation.settled import decode_settled
 from sedac_hf.modes import ModeControl
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class ExactDecoding(ModeControl):
         """Greedy search and sampling; as transformers does it where exact mode cannot serve."""
         own: Any = super()
         session = active_session(self)
-        if session is not None and session.mode == "exact":
+        if session is not None and session.waits:
             call = ExactCall(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
             )
@@ -51,8 +52,11 @@ class ExactDecoding(ModeControl):
             if choice.build is not None:
                 reason = "rows wait for other processes" if synced_gpus else None
                 reason = reason or why_not(call, model_kwargs)
-            if reason is None:
+            if reason is None and session.mode == "exact":
                 return self._decode_exactly(session, choice, call, model_kwargs)
+            if reason is None and choice.build is not None:
+                run = choice.build(self.assembly.parts)
+                return decode_settled(self, session, run, call, model_kwargs)
         return own._sample(
             input_ids,
             logits_processor=logits_processor,

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from sedac_hf.core.cascade_controller import LayerConfig
 from tests.tiny_models import ARCHITECTURES, VOCABULARY, build_tiny
-from tests.wrapping import NEW, rule, wrap
+from tests.wrapping import rule, wrap
 
 KINDS = ("lens", "block", "feedback")
 
@@ -38,18 +38,15 @@ def settled(kind, layers=(0, 2), architecture="llama"):
 def test_keys_and_values_are_those_of_the_base(architecture):
     model = wrap(build_tiny(architecture), {0: "feedback"}, kv_mode="settle")
     ids = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
-    given = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "pad_token_id": 0}
-    out = model.generate(
-        ids, return_dict_in_generate=True, sedac_mode="certified", **given,
-        past_key_values=DynamicCache(config=model.base.config),
-    )  # fmt: skip
-    assert (out.exit_layers[:, 1:] == 0).all()
-    cache = DynamicCache(config=model.base.config)
+    ids = torch.cat([ids, ids.flip(1)], dim=1)
+    mine, own = (DynamicCache(config=model.base.config) for _ in range(2))
     with torch.no_grad():
-        model.base(out.sequences[:, :6], past_key_values=cache)
-        for at in range(6, out.sequences.shape[1] - 1):
-            model.base(out.sequences[:, at : at + 1], past_key_values=cache)
-    for found, expected in zip(out.past_key_values.layers, cache.layers, strict=False):
+        for lm, cache in ((model, mine), (model.base, own)):
+            lm(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
+            for at in range(6, ids.shape[1]):
+                lm(input_ids=ids[:, at : at + 1], past_key_values=cache, use_cache=True)
+    assert model.exit_stats.exits_by_layer == {0: 12}
+    for found, expected in zip(mine.layers, own.layers, strict=False):
         assert torch.equal(found.keys, expected.keys)
         assert torch.equal(found.values, expected.values)
 

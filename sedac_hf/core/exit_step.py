@@ -1,0 +1,153 @@
+"""Who leaves at which checkpoint in one decode step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedac_hf.core.session import StepRecord
+
+if TYPE_CHECKING:
+    from sedac_hf.core.cascade_controller import CascadeController, CheckpointDecision
+    from sedac_hf.core.decoder_loop import ExitParts
+    from sedac_hf.core.session import ExitSession
+
+__all__ = ["ExitStep", "checkpoint_decision", "top_probability"]
+
+Mask = npt.NDArray[np.bool_]
+# Logits that are held at once when only their largest probability is wanted.
+_MAX_LOGITS = 1 << 24
+
+
+class ExitStep:
+    """Who is still on the way in one decode step, and with which state the others left."""
+
+    def __init__(
+        self,
+        parts: ExitParts,
+        session: ExitSession,
+        hidden: Tensor,
+        eligible: Mask | None,
+        done: Mask | None = None,
+    ) -> None:
+        """Begin a step.
+
+        Args:
+            parts: What exits are made of.
+            session: The call that the step belongs to; it has a cascade.
+            hidden: Embeddings `[rows, 1, width]`.
+            eligible: Rows that may leave, `[rows]`; None for all.
+            done: Rows whose texts have ended and for whom nobody waits, `[rows]`; None for none.
+        """
+        rows = hidden.shape[0]
+        assert session.cascade is not None
+        self._parts = parts
+        self._cascade: CascadeController = session.cascade
+        self._state = self._cascade.start(rows)
+        self._active = np.ones(rows, np.bool_) if eligible is None else eligible.copy()
+        self._gone = np.zeros(rows, np.bool_) if done is None else done.copy()
+        self._active = self._active & ~self._gone
+        self._asks = bool(self._active.any())
+        self._try = np.zeros(rows, np.bool_)
+        self.all_left = False
+        self._exits: Tensor | None = None
+        depth = parts.shell.num_layers
+        self.record = StepRecord.full_depth(rows, depth, len(parts.heads))
+        self.left: Tensor | None = None
+
+    def tries(self, k: int, hidden: Tensor) -> bool:
+        """Ask the cascade about checkpoint `k`; whether any row is to try its head."""
+        if not self._asks:
+            return False
+        decision = checkpoint_decision(
+            self._parts, self._cascade, k, hidden[:, 0], self._state, self._active
+        )
+        record = self.record
+        record.risks[:, k] = decision.risk
+        record.confidences[:, k] = decision.confidence
+        record.tries[:, k] = self._try = decision.try_exit
+        return decision.tries > 0
+
+    def leave(self, k: int, exit_states: Tensor) -> None:
+        """Let the rows go that try at checkpoint `k` and whose exit is sure enough."""
+        leaving = self._try
+        least = self._cascade.config.layers[k].min_probability
+        if least > 0:
+            probability = top_probability(self._parts, exit_states)[:, 0]
+            self.record.probabilities[leaving, k] = probability[leaving]
+            leaving = leaving & (probability >= least)
+        if not leaving.any():
+            return
+        self._active = self._active & ~leaving
+        self._asks = bool(self._active.any())
+        self._gone = self._gone | leaving
+        self.all_left = bool(self._gone.all())
+        self.record.layers[leaving] = self._parts.heads[k].layer_idx
+        self.record.checkpoints[leaving] = k
+        now = torch.from_numpy(leaving).to(exit_states.device).view(-1, 1, 1)
+        if self._exits is None:
+            self._exits = exit_states
+        else:
+            self._exits = torch.where(now, exit_states, self._exits.to(exit_states.device))
+        self.left = torch.from_numpy(self._gone).to(exit_states.device).view(-1, 1, 1)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """Each row's state for the final norm."""
+        if self._exits is None or self.left is None:
+            return hidden
+        exits = self._exits.to(hidden.device)
+        return torch.where(self.left.to(hidden.device), exits, hidden)
+
+
+def checkpoint_decision(
+    parts: ExitParts,
+    cascade: CascadeController,
+    k: int,
+    states: Tensor,
+    state: Any,
+    active: Mask,
+) -> CheckpointDecision:
+    """Risk, normalised confidence and whether to try, for each row at checkpoint `k`.
+
+    Args:
+        parts: What exits are made of.
+        cascade: The cascade.
+        k: Index of the checkpoint.
+        states: Hidden states `[rows, width]`.
+        state: What the cascade has accumulated for these rows.
+        active: Rows that are still asked, `[rows]`.
+
+    Returns:
+        The decision; NaN risk and confidence, and no try, for rows that are not asked.
+    """
+    if states.device.type == "cpu":
+        return cascade.step(k, states, state, active)
+    decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
+    risk = np.where(active, decision.risk, np.float32(np.nan))
+    return decision._replace(risk=risk)
+
+
+def top_probability(parts: ExitParts, exit_states: Tensor) -> npt.NDArray[np.float32]:
+    """Largest probability that an exit gives to a word of the draft vocabulary.
+
+    Args:
+        parts: What exits are made of.
+        exit_states: States for the final norm, `[rows, seq, width]`.
+
+    Returns:
+        Probabilities `[rows, seq]`; NaN where the logits are not finite.
+    """
+    vocabulary = parts.draft.linear
+    width = vocabulary.out_features if vocabulary is not None else parts.shell.vocabulary_size
+    chunk = max(1, _MAX_LOGITS // (width * max(1, exit_states.shape[0])))
+    found = []
+    for at in range(0, exit_states.shape[1], chunk):
+        part = exit_states[:, at : at + chunk]
+        logits = parts.shell.logits(part, vocabulary=vocabulary).float()
+        found.append((logits.amax(-1) - logits.logsumexp(-1)).exp())
+    # Decisions carry no gradient.
+    return np.asarray(torch.cat(found, dim=1).detach().cpu(), np.float32)

@@ -1,0 +1,153 @@
+"""Tokens whose layers are not all run yet: a chain that catches up layer by layer, as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.generation.row_state import RowState
+
+__all__ = ["HeadQueue", "OpenNodes"]
+
+
+class HeadQueue:
+    """Positions that one exit head has not seen yet; they are run together when it is asked."""
+
+    def __init__(self, run: RowPass, k: int, feeds: bool, state: RowState) -> None:
+        """Begin right behind a prompt that the head has seen.
+
+        Args:
+            run: Runs the head.
+            k: Index of the head.
+            feeds: Whether the head takes deep feedback.
+            state: Where the rows stand.
+        """
+        self._run = run
+        self._k = k
+        self._feeds = feeds
+        self._state = state
+        self._length = state.length.copy()
+        self._hidden: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def __len__(self) -> int:
+        """Positions that wait."""
+        return len(self._hidden)
+
+    def add(self, hidden: Tensor, before: Tensor) -> None:
+        """Let the next position wait.
+
+        Args:
+            hidden: Its state at the checkpoint, `[rows, 1, width]`.
+            before: What its predecessor ended with, likewise.
+        """
+        self._hidden.append(hidden)
+        self._before.append(before)
+
+    def flush(self) -> Tensor:
+        """Run the head on all that wait; the last one's state, `[rows, 1, width]`."""
+        count, rows = len(self._hidden), self._state.rows
+        steps = np.tile(np.arange(count), (rows, 1))
+        at = self._state.place(steps, _chain(rows, 0, count), self._length)
+        before = torch.cat(self._before, dim=1) if self._feeds else None
+        states = self._run.head(self._k, torch.cat(self._hidden, dim=1), before, at)
+        self._hidden, self._before = [], []
+        self._length = self._length + count
+        return states[:, -1:]
+
+
+class OpenNodes:
+    """The chain of tokens that have left and of the one on its way, each at its own depth.
+
+    Deeper ones come first: to run a token through a layer, those before it must have been there, so
+    whoever lags joins in. Weights are read once for all of them.
+    """
+
+    def __init__(
+        self, run: RowPass, state: RowState, checkpoints: Sequence[int], queues: Sequence[HeadQueue]
+    ) -> None:
+        """Begin with none.
+
+        Args:
+            run: Runs the layers.
+            state: Where the rows stand.
+            checkpoints: Layers that are run before each checkpoint, in increasing order.
+            queues: What waits for each checkpoint's head.
+        """
+        self._run = run
+        self._state = state
+        self._checkpoints = list(checkpoints)
+        self._queues = queues
+        self._hidden: list[Tensor] = []
+        self._before: list[Tensor] = []
+        self._depths: list[int] = []
+
+    def __len__(self) -> int:
+        """Tokens whose layers are not all run."""
+        return len(self._hidden)
+
+    def add(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Take up the next token.
+
+        Args:
+            tokens: Token ids `[rows, 1]`.
+            before: What the token before it ended with, `[rows, 1, width]`.
+
+        Returns:
+            Its embedding, `[rows, 1, width]`.
+        """
+        depth = np.full((self._state.rows, 1), len(self), np.int64)
+        hidden = self._run.embed(tokens, self._state.positions(self._state.length, depth))
+        self._hidden.append(hidden)
+        self._before.append(before)
+        self._depths.append(0)
+        self._pass(len(self) - 1, 0)
+        return hidden
+
+    def advance(self, stop: int) -> Tensor:
+        """Run the last token, and whoever must come along, through layers up to `stop`.
+
+        Args:
+            stop: End of the layers.
+
+        Returns:
+            The last token's state there, `[rows, 1, width]`.
+        """
+        rows, count = self._state.rows, len(self)
+        while (start := self._depths[-1]) < stop:
+            first = self._depths.index(start)
+            bounds = [stop, *(c for c in self._checkpoints if c > start)]
+            end = min(bounds if first == 0 else [*bounds, self._depths[first - 1]])
+            steps = np.tile(np.arange(first, count), (rows, 1))
+            at = self._state.place(steps, _chain(rows, first, count))
+            hidden = torch.cat(self._hidden[first:], dim=1)
+            hidden = self._run.layers(hidden, at, start, end)
+            for node in range(first, count):
+                self._hidden[node] = hidden[:, node - first : node - first + 1]
+                self._depths[node] = end
+                self._pass(node, end)
+        return self._hidden[-1]
+
+    def close(self) -> None:
+        """Count all tokens as settled; they have been through every layer."""
+        self._state.length = self._state.length + len(self)
+        self._hidden, self._before, self._depths = [], [], []
+
+    def _pass(self, node: int, depth: int) -> None:
+        """Put a token that has come to a checkpoint in its head's queue."""
+        if depth in self._checkpoints:
+            queue = self._queues[self._checkpoints.index(depth)]
+            queue.add(self._hidden[node], self._before[node])
+
+
+def _chain(rows: int, first: int, count: int) -> npt.NDArray[np.bool_]:
+    """Each node sees itself and those before it, `[rows, count - first, count]`."""
+    lower = np.tri(count, dtype=np.bool_)[first:]
+    return np.broadcast_to(lower, (rows, *lower.shape)).copy()

@@ -1,0 +1,141 @@
+"""Certified decoding with settled exits: a token that leaves is final, its tail is run later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedac_hf.core.exit_step import ExitStep
+from sedac_hf.core.session import StepRecord
+from sedac_hf.generation.logits_processor import scale_exits
+from sedac_hf.generation.open_nodes import HeadQueue, OpenNodes
+
+if TYPE_CHECKING:
+    from sedac_hf.core.decoder_loop import ExitParts
+    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.core.session import ExitSession
+    from sedac_hf.generation.acceptance import TokenChooser
+    from sedac_hf.generation.row_state import RowState
+    from sedac_hf.generation.row_texts import RowTexts
+
+__all__ = ["SettleLoop"]
+
+# Positions that may wait for a head which is not asked.
+_MAX_QUEUE = 64
+
+
+class SettleLoop:
+    """Decodes a batch, one token per row and step; rows leave each by itself.
+
+    What a row says does not depend on when tails are run: K/V are the base's own in any case, and
+    the token after an exit is given the exit's own state as feedback, settled or not.
+    """
+
+    def __init__(
+        self,
+        run: RowPass,
+        parts: ExitParts,
+        session: ExitSession,
+        state: RowState,
+        texts: RowTexts,
+        chooser: TokenChooser,
+        last: Tensor,
+        *,
+        max_pending: int = 8,
+        keeps_states: bool = False,
+    ) -> None:
+        """Prepare to decode.
+
+        Args:
+            run: Runs layers and heads.
+            parts: What exits are made of.
+            session: The call; records of its steps are committed to it.
+            state: Where the rows stand.
+            texts: The rows' texts.
+            chooser: Draws tokens.
+            last: The prompt's last final-layer state, `[rows, 1, width]`.
+            max_pending: Tokens that may wait for their tails.
+            keeps_states: Whether `settle` will be asked for the states of all tokens.
+        """
+        assert session.cascade is not None
+        self._run = run
+        self._parts = parts
+        self._session = session
+        self._state = state
+        self._texts = texts
+        self._chooser = chooser
+        self._last = last
+        self._max_pending = max_pending
+        self._temperatures = [layer.temperature for layer in session.cascade.config.layers]
+        heads = parts.heads
+        self._queues = [HeadQueue(run, k, h.spec.feedback, state) for k, h in enumerate(heads)]
+        self._stops = [head.layer_idx + 1 for head in heads]
+        self._open = OpenNodes(run, state, self._stops, self._queues)
+        self._tokens = np.zeros(state.rows, np.int64)
+        self._outputs: list[Tensor] | None = [] if keeps_states else None
+        self.tails = 0  # times that the last layer was run
+
+    def decode(self, logits: Tensor) -> None:
+        """Go on until every row has stopped.
+
+        Args:
+            logits: The base's logits behind the prompt, `[rows, vocabulary]`.
+        """
+        depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
+        self._choose(logits, StepRecord.full_depth(self._state.rows, depth, heads))
+        while not self._texts.done.all():
+            output, record = self._step()
+            self._choose(self._run.logits(output)[:, 0], record)
+
+    def settle(self) -> Tensor:
+        """Run everything that still waits, heads included.
+
+        Returns:
+            Each token's state for the final norm, `[rows, tokens, width]`, if they were kept.
+        """
+        if len(self._open):
+            self._finish()
+        for queue in self._queues:
+            if len(queue):
+                queue.flush()
+        return torch.cat([self._last[:, :0], *(self._outputs or [])], dim=1)
+
+    def _step(self) -> tuple[Tensor, StepRecord]:
+        """Each row's state for the final norm, and what was decided."""
+        tokens = torch.from_numpy(self._tokens[:, None].copy())
+        hidden = self._open.add(tokens, self._last)
+        step = ExitStep(self._parts, self._session, hidden, None, self._texts.done)
+        for k, stop in enumerate(self._stops):
+            hidden = self._open.advance(stop)
+            if step.tries(k, hidden):
+                step.leave(k, self._queues[k].flush())
+            elif len(self._queues[k]) >= _MAX_QUEUE:
+                self._queues[k].flush()
+            if step.all_left:
+                break
+        if not step.all_left or len(self._open) > self._max_pending:
+            hidden = self._finish()
+        self._last = step.output(hidden)
+        if self._outputs is not None:
+            self._outputs.append(self._last)
+        return self._last, step.record
+
+    def _finish(self) -> Tensor:
+        hidden = self._open.advance(self._parts.shell.num_layers)
+        self._open.close()
+        self.tails += 1
+        return hidden
+
+    def _choose(self, logits: Tensor, record: StepRecord) -> None:
+        """Draw the next token of every row that goes on, and commit the step."""
+        session, texts = self._session, self._texts
+        session.pending = record
+        session.commit(self._state.rows, self._parts.shell.num_layers, len(self._parts.heads))
+        going: npt.NDArray[np.intp] = np.flatnonzero(~texts.done)
+        scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
+        rows = going.tolist()
+        self._tokens[going] = self._chooser.choose(texts, rows, scores[rows])

@@ -1,0 +1,71 @@
+"""Certified mode inside `generate` where exits are settled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from sedac_hf.generation.acceptance import TokenChooser
+from sedac_hf.generation.exact_call import cache_of, rows_behind
+from sedac_hf.generation.row_texts import RowTexts
+from sedac_hf.generation.settle_loop import SettleLoop
+
+if TYPE_CHECKING:
+    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.core.session import ExitSession
+    from sedac_hf.generation.exact_call import ExactCall
+
+__all__ = ["decode_settled"]
+
+
+@torch.no_grad()
+def decode_settled(
+    model: Any, session: ExitSession, run: RowPass, call: ExactCall, model_kwargs: dict[str, Any]
+) -> Any:
+    """Read the prompt by the ordinary forward, then let tokens leave and settle them later.
+
+    Args:
+        model: The wrapped model.
+        session: The call; certified, with a cascade.
+        run: Runs layers and heads.
+        call: What transformers handed over.
+        model_kwargs: What transformers carries from step to step.
+
+    Returns:
+        What `generate` returns.
+    """
+    session.prompt_length = call.input_ids.shape[1]
+    outputs = model._prefill(call.input_ids, call.config, model_kwargs)
+    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
+    del outputs
+    cache = cache_of(model_kwargs)
+    parts = model.assembly.parts
+    state = rows_behind(model_kwargs, run.load(cache))
+    texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
+    chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
+    last = model._last_state(cache, state.rows)
+    returned = bool(call.config.return_dict_in_generate)
+    stores = returned or bool(getattr(cache, "_is_user_defined", False))
+    loop = SettleLoop(
+        run, parts, session, state, texts, chooser, last,
+        max_pending=model.config.max_pending, keeps_states=stores,
+    )  # fmt: skip
+    loop.decode(logits)
+    texts.end()
+    session.passes += loop.tails
+    if stores:
+        states = loop.settle()
+        if parts.layout.has_feedback and states.shape[1]:
+            parts.layout.push_states(cache, states)
+        run.store(cache, state.length)
+    if not returned:
+        return texts.sequences()
+    name = "cache" if "cache" in model_kwargs else "past_key_values"
+    output: Any = GenerateDecoderOnlyOutput
+    return output(
+        sequences=texts.sequences(), scores=texts.scores(), logits=texts.logits(), **{name: cache}
+    )

@@ -14,7 +14,6 @@ from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
 from sedac_hf.generation.exact_call import ExactCall, cache_of, rows_behind, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
-from sedac_hf.generation.governor import Shape
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.modes import ModeControl
@@ -97,15 +96,17 @@ class ExactDecoding(ModeControl):
         chooser = TokenChooser(call.own_processors, sample, state.rows)
         last = self._last_state(cache, state.rows)
         head = None
-        if session.in_step and parts.heads:
-            spec = parts.heads[0].spec
-            head = HeadDraft(run, 0, spec, state, parts.draft.tokens, last)
+        governors = self.assembly.governors
+        k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
+        if k is not None:
+            head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last)
+        depth = self.shell.num_layers
+        governor = governors.find(run, depth, state, head)
         returned = bool(call.config.return_dict_in_generate)
         stores = returned or bool(getattr(cache, "_is_user_defined", False))
-        depth = self.shell.num_layers
-        loop = ExactLoop(run, depth, state, texts, chooser, head, keeps_states=stores)
+        loop = ExactLoop(run, depth, state, texts, chooser, head, governor, keeps_states=stores)
         loop.begin(logits)
-        loop.decode(Shape(8, 2, 2))
+        loop.decode()
         texts.end()
         if stores:
             if head is not None:

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sedac_hf.core.draft_stats import DraftStats
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -76,7 +78,11 @@ def _last_known(values: FloatArray) -> FloatArray:
 
 
 class ExitStats:
-    """Totals over all calls of a model, safe to read and write from several threads."""
+    """Totals over all calls of a model, safe to read and write from several threads.
+
+    Attributes:
+        drafts: What became of drafts in exact mode.
+    """
 
     def __init__(self, num_layers: int, checkpoints: list[int]) -> None:
         """Start from nothing.
@@ -88,10 +94,12 @@ class ExitStats:
         self.depth = num_layers
         self._checkpoints = list(checkpoints)
         self._lock = threading.Lock()
+        self.drafts = DraftStats()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
+        self.drafts.reset()
         with self._lock:
             self._tokens = 0
             self._layers_run = 0
@@ -154,6 +162,7 @@ class ExitStats:
             "exit_share": self.exit_share,
             "exits_by_layer": self.exits_by_layer,
             "tries_by_layer": self.tries_by_layer,
+            "drafts": self.drafts.to_dict(),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,10 +177,13 @@ class ExitStats:
     def __str__(self) -> str:
         """One line for people."""
         exits = ", ".join(f"{layer}: {count}" for layer, count in self.exits_by_layer.items())
-        return (
+        text = (
             f"{self.tokens} tokens, {self.exit_share:.1%} left early, mean depth "
             f"{self.mean_depth:.1f} of {self.depth} layers, exits by layer {{{exits}}}"
         )
+        if self.drafts.passes:
+            text += f", {self.drafts.tokens_per_pass:.2f} tokens per verification"
+        return text
 
     __repr__ = __str__
 
@@ -191,6 +203,9 @@ class ExitSession:
         in_step: Whether the exit heads have K/V of every position in that cache.
         prompt_length: Positions before the first generated token; None until it is known.
         eos_tokens: Ids that end a row, or None.
+        drafted: Figures of a call in exact mode, None in other modes.
+        origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
+            draft, else `"base"`. Exact mode only.
     """
 
     owner: object
@@ -203,6 +218,8 @@ class ExitSession:
     in_step: bool = False
     prompt_length: int | None = None
     eos_tokens: Tensor | None = None
+    drafted: DraftStats | None = None
+    origins: list[str] = field(default_factory=list)
 
     def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
         """Take the pending record into the list.

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLANK", "HEAD", "LOOKUP", "ROOT", "DraftTree", "StackedTrees", "stack_trees"]
+__all__ = ["BLANK", "HEAD", "LOOKUP", "NAMES", "ROOT", "DraftTree", "StackedTrees", "stack_trees"]
 
 IntArray = npt.NDArray[np.int64]
 
 # Where a node comes from.
 BLANK, ROOT, HEAD, LOOKUP = -1, 0, 1, 2
+NAMES = {BLANK: "blank", ROOT: "base", HEAD: "head", LOOKUP: "lookup"}
 
 
 class _Candidate(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sedac_hf.core.choose_pass import PassChoice, choose_pass
+from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
 from sedac_hf.generation.exact_call import ExactCall, cache_of, rows_behind, why_not
@@ -52,6 +53,8 @@ class ExactDecoding(ModeControl):
                 reason = reason or why_not(call, model_kwargs)
             if reason is None:
                 return self._decode_exactly(session, choice, call, model_kwargs)
+            session.drafted = DraftStats()
+            session.drafted.reason = reason
         return own._sample(
             input_ids,
             logits_processor=logits_processor,
@@ -91,7 +94,9 @@ class ExactDecoding(ModeControl):
         assert choice.build is not None
         run = choice.build(parts)
         state = rows_behind(model_kwargs, run.load(cache))
-        texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
+        texts = RowTexts(
+            call.input_ids, call.criteria, call.config, call.streamer, state.first, session.origins
+        )
         sample = bool(call.config.do_sample)
         chooser = TokenChooser(call.own_processors, sample, state.rows)
         last = self._last_state(cache, state.rows)
@@ -108,6 +113,8 @@ class ExactDecoding(ModeControl):
         loop.begin(logits)
         loop.decode()
         texts.end()
+        session.drafted = loop.stats
+        session.drafted.choices = governors.to_dict()
         if stores:
             if head is not None:
                 states = loop.catch_up([each.spec for each in parts.heads], last)

@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.row_pass import BASE
 from sedac_hf.generation.acceptance import walk
-from sedac_hf.generation.draft_tree import DraftTree, stack_trees
+from sedac_hf.generation.draft_tree import BLANK, NAMES, DraftTree, stack_trees
 from sedac_hf.generation.prompt_lookup import find_continuation
 from sedac_hf.generation.row_state import chain_mask, gather_nodes
 
@@ -33,7 +34,11 @@ IntArray = npt.NDArray[np.int64]
 
 
 class ExactLoop:
-    """Decodes a batch whose prompt the pass has taken over."""
+    """Decodes a batch whose prompt the pass has taken over.
+
+    Attributes:
+        stats: What became of the drafts.
+    """
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class ExactLoop:
             keeps_states: Whether `catch_up` will be asked for.
             clock: Seconds.
         """
+        self.stats = DraftStats()
         self._run = run
         self._depth = depth
         self._state = state
@@ -123,6 +129,11 @@ class ExactLoop:
         cycle.tokens = int(found.counts.sum())
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
         self._governor.end(cycle, [trees[row] for row in rows], paths)
+        self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
+        for row, path in zip(rows, paths, strict=True):
+            tree = trees[row]
+            real = [d for d, o in zip(tree.depths, tree.origins, strict=True) if o != BLANK]
+            self.stats.add_tree(max(real), [NAMES[tree.origins[node]] for node in path[1:]])
 
     def _draft(
         self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], cycle: Cycle

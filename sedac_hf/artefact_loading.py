@@ -57,6 +57,8 @@ _FIELDS = (
     "probe_target",
     "strategy",
 )
+# Fields that artefacts of earlier versions lack.
+_LATER_FIELDS = ("max_pending",)
 
 
 def load(
@@ -105,6 +107,7 @@ def load(
     with blamed_on(files.directory / CONFIG_FILE):
         specs = [CheckpointSpec.from_dict(point) for point in _field(files, "checkpoints")]
         values = {name: _field(files, name) for name in _FIELDS}
+        values |= {name: files.config[name] for name in _LATER_FIELDS if name in files.config}
         if wanted is not None:
             values["mode"] = wanted
         _check_values(values, specs)

@@ -68,7 +68,7 @@ def run_fit(
         raise UsageError("--head and --feedback are about --checkpoints: name these too.")
     with screen.status(f"loading {base}"):
         model, tokenizer, reason = load_base_model(base, device=device, dtype=dtype, screen=screen)
-        from sedac_hf.calibration.fit_stages import FitSettings
+        from sedac_hf.calibration.fit_settings import FitSettings
         from sedac_hf.calibration.fitting import fit
     chosen = str(model.dtype).removeprefix("torch.")
     screen.note(f"fitting in {chosen} ({reason}), at most {budget_seconds / 60:.0f} minutes")

@@ -203,7 +203,8 @@ def exit_legend(loaded: Loaded, tokens: Sequence[Mapping[str, Any]]) -> Text:
     """The line that explains the colours of some tokens and counts them."""
     checkpoints = [spec.layer_idx for spec in loaded.model.config.checkpoint_specs()]
     depth = loaded.model.exit_stats.depth
-    return legend([token["layer"] for token in tokens], checkpoints, depth)
+    layers, drafts = [t["layer"] for t in tokens], [t["draft"] for t in tokens]
+    return legend(layers, checkpoints, depth, drafts)
 
 
 def summary(result: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ __all__ = ["TraceStreamer", "TracedToken", "depth_style", "legend"]
 
 # From the shallowest exit to the deepest; what went through every layer keeps the plain colour.
 _EARLY, _LATE = (0, 215, 95), (255, 175, 0)
+# Accepted drafts of exact mode, which all went through every layer.
+_DRAFTS = {"head": Style(color="cyan", bold=True), "lookup": Style(color="magenta", bold=True)}
 # Decoded text that ends so is waiting for the rest of a character.
 _UNFINISHED = "\ufffd"
 
@@ -36,12 +38,14 @@ class TracedToken:
         layer: 0-based layer after which it left; the number of layers when it did not leave.
         risk: Risk at the last checkpoint it came to, None if it came to none.
         confidence: Normalised confidence there, None if it came to none.
+        draft: Who drafted it in exact mode: `"head"` or `"lookup"`; None when nobody did.
     """
 
     text: str
     layer: int
     risk: float | None
     confidence: float | None
+    draft: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The token as plain JSON values."""
@@ -59,15 +63,26 @@ def depth_style(layer: int, depth: int) -> Style:
     return Style(color=f"rgb({red},{green},{blue})", bold=True)
 
 
-def legend(layers: Sequence[int], checkpoints: Sequence[int], depth: int) -> Text:
+def legend(
+    layers: Sequence[int],
+    checkpoints: Sequence[int],
+    depth: int,
+    drafts: Sequence[str | None] = (),
+) -> Text:
     """One line that explains the colours and counts the tokens of each depth.
 
     Args:
         layers: Layer at which each token left.
         checkpoints: Layers at which a token may leave.
         depth: Layers of the base.
+        drafts: Who drafted each token; where anybody did, drafts are counted instead of exits.
     """
     line = Text()
+    if any(drafts):
+        for name, style in _DRAFTS.items():
+            words = "drafted by an exit" if name == "head" else "found in the text"
+            line.append(f"■ {words}: {list(drafts).count(name)}  ", style)
+        return line.append(f"■ the base alone: {list(drafts).count(None)}")
     for layer in checkpoints:
         name = "embedding" if layer < 0 else f"layer {layer}"
         line.append(f"■ {name}: {list(layers).count(layer)}  ", depth_style(layer, depth))
@@ -145,9 +160,12 @@ class TraceStreamer(BaseStreamer):
         session = active_session(self._model)
         record = session.records[-1] if session is not None and session.records else None
         layer = depth if record is None else int(record.layers[0])
-        self.tokens.append(TracedToken(fresh, layer, *_risk_and_confidence(record)))
+        origins = [] if session is None else session.origins[len(self.tokens) :][:1]
+        draft = next((origin for origin in origins if origin in _DRAFTS), None)
+        self.tokens.append(TracedToken(fresh, layer, *_risk_and_confidence(record), draft))
         if self._console is not None and fresh:
-            style = depth_style(layer, depth) if self._colour else Style()
+            style = depth_style(layer, depth) if draft is None else _DRAFTS[draft]
+            style = style if self._colour else Style()
             self._console.print(Text(fresh, style), end="", soft_wrap=True)
 
 

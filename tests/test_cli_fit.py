@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from sedac_hf.calibration.fit_stages import FitReport
+from sedac_hf.calibration.fit_settings import FitReport
 from sedac_hf.cli import app
 from tests.artefacts import save_base
 from tests.micro_model import NUM_LAYERS, MicroModel

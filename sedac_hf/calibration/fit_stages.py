@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,15 @@ from torch import Tensor
 from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.calibration.certificate import Certificate
 from sedac_hf.calibration.certify import certify
-from sedac_hf.calibration.costs import CostModel
+from sedac_hf.calibration.cost_measurement import measure_costs
 from sedac_hf.calibration.documents import Document, encode_texts, read_documents
+from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
-from sedac_hf.calibration.head_training import HeadReport, HeadSchedule, train_head
+from sedac_hf.calibration.head_training import HeadSchedule, train_head
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
-from sedac_hf.calibration.probe_training import GateReport, fit_probes
+from sedac_hf.calibration.probe_training import fit_probes
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.calibration.texts import write_texts
 from sedac_hf.calibration.workspace import Workspace
@@ -50,80 +51,6 @@ _TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.62
 _RUNGS = {"propagate": 4, "settle": 12}
 _SEARCH_DOCUMENTS = {"propagate": 32, "settle": 160}
 _MIN_DOCUMENTS = 40
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """What `fit` is asked for.
-
-    Attributes:
-        checkpoints: Checkpoints and their heads; None puts blocks with deep feedback on the
-            embedding and after a sixth of the layers.
-        kv_mode: How K/V of exited tokens come about, `"settle"` or `"propagate"`.
-        budget_seconds: Wall-clock time for everything.
-        text_tokens: Most tokens that the base writes.
-        max_length: Longest document made from given texts, in tokens.
-        draft_words: Size of the draft vocabulary.
-        probe_rank: Rank of the probes.
-        storage: `"whole"`, `"delta"`, or `"auto"`: deltas where they cost less than a point of
-            agreement.
-        epsilon: Perplexity increase to certify, as a fraction.
-        delta: Chance that the certificate may be wrong.
-        learning_rate: Peak learning rate of heads.
-        epochs: Passes of a head over the documents at most.
-        seed: Seed of every draw.
-    """
-
-    checkpoints: tuple[CheckpointSpec, ...] | None = None
-    kv_mode: str = "settle"
-    budget_seconds: float = 1200.0
-    text_tokens: int = 1_000_000
-    max_length: int = 256
-    draft_words: int = 8192
-    probe_rank: int = 64
-    storage: str = "auto"
-    epsilon: float = 0.01
-    delta: float = 0.1
-    learning_rate: float = 1e-3
-    epochs: float = 12.0
-    seed: int = 0
-
-
-@dataclass
-class FitReport:
-    """What `fit` did and measured.
-
-    Attributes:
-        documents: Documents of each split.
-        tokens: Tokens of all documents.
-        train_tokens: Tokens of the documents that heads were trained on.
-        written_tokens: Tokens of the documents that the base wrote itself.
-        self_written: Whether the base wrote the texts that were chosen and tested on.
-        heads: One report a head.
-        gates: How well each gate works at each checkpoint, on documents it did not see.
-        probe_target: Which target the kept probes have.
-        temperatures: What the logits of each exit are divided by.
-        storage: How each head is stored, and what the choice cost in agreement.
-        seconds: Time of each stage, interrupted runs included.
-        certificate: The certificate, as JSON values.
-    """
-
-    documents: dict[str, int] = field(default_factory=dict)
-    tokens: int = 0
-    train_tokens: int = 0
-    written_tokens: int = 0
-    self_written: bool = True
-    heads: list[HeadReport] = field(default_factory=list)
-    gates: list[GateReport] = field(default_factory=list)
-    probe_target: str = "entropy"
-    temperatures: list[float] = field(default_factory=list)
-    storage: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    certificate: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON values."""
-        return asdict(self)
 
 
 class FitRun:
@@ -288,9 +215,9 @@ class FitRun:
         )
         if self.process.is_main_process:
             fitted.traces.save(self.workspace.directory / "traces.safetensors")
-        costs = CostModel.from_base(
-            self.base, specs, probe_rank=self.settings.probe_rank, draft_vocabulary=len(self.draft)
-        )
+        prompts = _prompts(splits.of(splits.search))
+        costs = self.workspace.costs(lambda: measure_costs(model, prompts))
+        self.report.costs = costs.to_dict()
         self.policies = choose_policies(
             model, fitted.traces,
             splits.of(splits.search[: _SEARCH_DOCUMENTS[self.settings.kv_mode]]), costs,
@@ -353,6 +280,12 @@ def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
         )
     second = min(max(round(num_layers / 6) - 1, 0), num_layers - 2)
     return [CheckpointSpec(layer_idx=place, feedback=True) for place in (-1, second)]
+
+
+def _prompts(documents: Sequence[Document]) -> list[list[int]]:
+    """Beginnings of documents to time generation on, longest first."""
+    begin = sorted((d.ids[: max(d.prompt_length, 8)].tolist() for d in documents), key=len)
+    return begin[::-1]
 
 
 def _draft_vocabulary(

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.calibration.documents import encode_texts
+from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import split_for_fit
-from sedac_hf.calibration.fit_stages import FitReport, FitRun, FitSettings
+from sedac_hf.calibration.fit_stages import FitRun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

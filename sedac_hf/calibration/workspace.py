@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
 from sedac_hf.calibration.head_training import HeadReport
 from sedac_hf.errors import CalibrationError
@@ -94,6 +95,13 @@ class Workspace:
         if not path.exists():
             save_file({"tokens": make()}, path)
         return load_file(path)["tokens"]
+
+    def costs(self, make: Callable[[], CostModel]) -> CostModel:
+        """What exits cost on this machine; measured once, so that a resumed run chooses alike."""
+        path = self.directory / "costs.json"
+        if not path.exists():
+            path.write_text(json.dumps(make().to_dict()), encoding="utf-8")
+        return CostModel.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
     def _head_path(self, head: ExitHead) -> Path:
         kind = "feedback" if head.spec.feedback else "plain"

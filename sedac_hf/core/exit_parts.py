@@ -16,6 +16,7 @@ from sedac_hf.core.kv_fill import KVFill
 from sedac_hf.core.support import module_device
 from sedac_hf.core.weights import WeightWatch
 from sedac_hf.errors import ConfigError
+from sedac_hf.generation.governors import Governors
 
 if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
@@ -32,6 +33,7 @@ class Assembly:
     Attributes:
         parts: What the loop works with.
         pass_choice: What runs loops that draft and verify; None until it was asked for.
+        governors: What is known of the speed of drafting.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Assembly:
         self._probe_watch: WeightWatch | None = None
         self._controllers: dict[CascadeConfig, CascadeController] = {}
         self.pass_choice: PassChoice | None = None
+        self.governors = Governors()
         self.parts = ExitParts(
             shell=shell,
             passes=LayerPass(shell, self._fill),

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sedac_hf.core.draft_stats import DraftStats
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -76,7 +78,11 @@ def _last_known(values: FloatArray) -> FloatArray:
 
 
 class ExitStats:
-    """Totals over all calls of a model, safe to read and write from several threads."""
+    """Totals over all calls of a model, safe to read and write from several threads.
+
+    Attributes:
+        drafts: What became of drafts in exact mode.
+    """
 
     def __init__(self, num_layers: int, checkpoints: list[int]) -> None:
         """Start from nothing.
@@ -88,13 +94,16 @@ class ExitStats:
         self.depth = num_layers
         self._checkpoints = list(checkpoints)
         self._lock = threading.Lock()
+        self.drafts = DraftStats()
         self.reset()
 
     def reset(self) -> None:
         """Forget everything."""
+        self.drafts.reset()
         with self._lock:
             self._tokens = 0
             self._layers_run = 0
+            self._tails = 0
             self._exits = dict.fromkeys(self._checkpoints, 0)
             self._tries = dict.fromkeys(self._checkpoints, 0)
 
@@ -115,6 +124,16 @@ class ExitStats:
                 self._layers_run += min(layer + 1, self.depth)
             for layer, count in zip(self._checkpoints, tried, strict=True):
                 self._tries[layer] += count
+
+    def add_tails(self, tails: int) -> None:
+        """Count tails that were run for settled exits, each for one token a row or several."""
+        with self._lock:
+            self._tails += tails
+
+    @property
+    def tails(self) -> int:
+        """Tails that were run for settled exits."""
+        return self._tails
 
     @property
     def tokens(self) -> int:
@@ -154,6 +173,8 @@ class ExitStats:
             "exit_share": self.exit_share,
             "exits_by_layer": self.exits_by_layer,
             "tries_by_layer": self.tries_by_layer,
+            "tails": self.tails,
+            "drafts": self.drafts.to_dict(),
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -168,10 +189,13 @@ class ExitStats:
     def __str__(self) -> str:
         """One line for people."""
         exits = ", ".join(f"{layer}: {count}" for layer, count in self.exits_by_layer.items())
-        return (
+        text = (
             f"{self.tokens} tokens, {self.exit_share:.1%} left early, mean depth "
             f"{self.mean_depth:.1f} of {self.depth} layers, exits by layer {{{exits}}}"
         )
+        if self.drafts.passes:
+            text += f", {self.drafts.tokens_per_pass:.2f} tokens per verification"
+        return text
 
     __repr__ = __str__
 
@@ -191,8 +215,11 @@ class ExitSession:
         in_step: Whether the exit heads have K/V of every position in that cache.
         prompt_length: Positions before the first generated token; None until it is known.
         eos_tokens: Ids that end a row, or None.
-        passes: Times that the last layer was run, where that is not once per token.
         settles: Whether the tail of an exited token is run later, so that K/V are the base's own.
+        tails: Tails run for settled exits, one or several tokens at a time.
+        drafted: Figures of a call in exact mode, None in other modes.
+        origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
+            draft, else `"base"`. Exact mode only.
     """
 
     owner: object
@@ -206,7 +233,9 @@ class ExitSession:
     prompt_length: int | None = None
     eos_tokens: Tensor | None = None
     settles: bool = False
-    passes: int = 0
+    tails: int = 0
+    drafted: DraftStats | None = None
+    origins: list[str] = field(default_factory=list)
 
     @property
     def waits(self) -> bool:

@@ -7,7 +7,7 @@ has the base's distribution; drafts decide how far one verification carries, and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
+
+from sedac_hf.generation.draft_tree import NAMES, ROOT
 
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenChooser", "Walk", "processors_by_row", "walk"]
 
+NameDraft = Callable[[int, int], str]
 IntArray = npt.NDArray[np.int64]
 
 # Processors of transformers that keep something between calls.
@@ -70,13 +73,16 @@ class TokenChooser:
         """Whether the token is simply the one with the largest logit."""
         return not self._sample and not len(self._processors)
 
-    def choose(self, texts: RowTexts, rows: Sequence[int], logits: Tensor) -> list[int]:
+    def choose(
+        self, texts: RowTexts, rows: Sequence[int], logits: Tensor, named: NameDraft | None = None
+    ) -> list[int]:
         """Choose the next token of some rows, and append it.
 
         Args:
             texts: The texts so far.
             rows: Which rows.
             logits: The base's logits for them, `[len(rows), vocabulary]`.
+            named: Says who had drafted a row's token; None for nobody.
 
         Returns:
             The tokens.
@@ -93,12 +99,13 @@ class TokenChooser:
             drawn = self._draw(own, int(length), scores)
             for place, token in zip(places, drawn, strict=True):
                 tokens[place] = token
-            if texts.wants_logits:
-                for i, place in enumerate(places):
-                    texts.append(rows[place], tokens[place], scores[i].clone(), part[i].clone())
-            else:
-                for place in places:
-                    texts.append(rows[place], tokens[place])
+            for i, place in enumerate(places):
+                row, token = rows[place], tokens[place]
+                origin = "base" if named is None else named(row, token)
+                if texts.wants_logits:
+                    texts.append(row, token, scores[i].clone(), part[i].clone(), origin)
+                else:
+                    texts.append(row, token, origin=origin)
         self._forget(int(texts.new[~texts.done].min()) if (~texts.done).any() else self._drawn)
         return tokens
 
@@ -166,6 +173,11 @@ def walk(
         top = logits.max(-1)
         best, sound = top.indices.tolist(), torch.isfinite(top.values).tolist()
     node = np.zeros(rows, np.int64)
+
+    def named(row: int, token: int) -> str:
+        child = trees[row].child(int(node[row]), token)
+        return NAMES[ROOT if child is None else trees[row].origins[child]]
+
     paths: list[list[int]] = [[] for _ in range(rows)]
     roots = np.array([tree.tokens[0] for tree in trees], np.int64)
     going = [row for row in range(rows) if not texts.done[row]]
@@ -173,12 +185,12 @@ def walk(
         if best is not None:
             tokens = [best[row][node[row]] for row in going]
             for row, token in zip(going, tokens, strict=True):
-                texts.append(row, token)
+                texts.append(row, token, origin=named(row, token))
             finite = [sound[row][node[row]] for row in going]
         else:
             at = logits[going, node[going].tolist()]
             finite = torch.isfinite(at.amax(-1)).tolist()
-            tokens = chooser.choose(texts, going, at)
+            tokens = chooser.choose(texts, going, at, named)
         still = []
         for row, token, is_finite in zip(going, tokens, finite, strict=True):
             paths[row].append(int(node[row]))

@@ -9,12 +9,13 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BLANK", "HEAD", "LOOKUP", "ROOT", "DraftTree", "StackedTrees", "stack_trees"]
+__all__ = ["BLANK", "HEAD", "LOOKUP", "NAMES", "ROOT", "DraftTree", "StackedTrees", "stack_trees"]
 
 IntArray = npt.NDArray[np.int64]
 
 # Where a node comes from.
 BLANK, ROOT, HEAD, LOOKUP = -1, 0, 1, 2
+NAMES = {BLANK: "blank", ROOT: "base", HEAD: "head", LOOKUP: "lookup"}
 
 
 class _Candidate(NamedTuple):
@@ -39,6 +40,8 @@ class DraftTree:
         depths: Steps from the root.
         origins: `ROOT`, `HEAD`, `LOOKUP` or `BLANK`.
         ranks: Place among its parent's candidates, from 0.
+        expanded: Nodes whose children an exit head was asked for.
+        matched: Tokens that matched where a continuation was found in the text, else 0.
     """
 
     def __init__(self, root: int, limit: int) -> None:
@@ -50,6 +53,8 @@ class DraftTree:
         """
         self.tokens, self.parents, self.scores = [root], [-1], [1.0]
         self.depths, self.origins, self.ranks = [0], [ROOT], [0]
+        self.expanded: set[int] = set()
+        self.matched = 0
         self._limit = limit
         self._children: dict[tuple[int, int], int] = {}
         self._pending: list[_Candidate] = []
@@ -71,6 +76,7 @@ class DraftTree:
             tokens: Candidates, the most probable first.
             probabilities: What the exit gives them; what is not finite is left out.
         """
+        self.expanded.add(parent)
         if self.depths[parent] >= self._limit:
             return
         for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True)):
@@ -78,13 +84,15 @@ class DraftTree:
             if score > 0 and np.isfinite(score):
                 self._push(score, parent, token, HEAD, rank, ())
 
-    def offer_path(self, tokens: Sequence[int], scores: Sequence[float]) -> None:
+    def offer_path(self, tokens: Sequence[int], scores: Sequence[float], matched: int) -> None:
         """Put up a continuation of the root that was found as a whole.
 
         Args:
             tokens: Its tokens.
             scores: Probability that each, with all before it, is right.
+            matched: Tokens that matched where it was found.
         """
+        self.matched = matched
         path = tuple(zip(tokens, scores, strict=True))
         self._follow(0, path)
 
@@ -115,9 +123,17 @@ class DraftTree:
             heapq.heappush(self._pending, candidate)
         return taken
 
-    def best_pending(self) -> float:
-        """Probability of the best candidate, 0 when there is none."""
-        return -self._pending[0].cost if self._pending else 0.0
+    def next_scores(self, count: int) -> list[float]:
+        """Probabilities of the best candidates, the best first."""
+        return [-candidate.cost for candidate in heapq.nsmallest(count, self._pending)]
+
+    def cut(self, nodes: int) -> None:
+        """Give up the nodes taken last, until `nodes` are left."""
+        while len(self.tokens) > nodes:
+            token, parent = self.tokens.pop(), self.parents.pop()
+            self._children.pop((parent, token), None)
+            for kept in (self.scores, self.depths, self.origins, self.ranks):
+                kept.pop()
 
     def pad(self, nodes: int) -> None:
         """Fill up with blank nodes, which are never accepted."""

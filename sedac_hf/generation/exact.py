@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sedac_hf.core.choose_pass import PassChoice, choose_pass
+from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
 from sedac_hf.generation.exact_call import ExactCall, cache_of, rows_behind, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
-from sedac_hf.generation.governor import Shape
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settled import decode_settled
@@ -57,6 +57,8 @@ class ExactDecoding(ModeControl):
             if reason is None and choice.build is not None:
                 run = choice.build(self.assembly.parts)
                 return decode_settled(self, session, run, call, model_kwargs)
+            session.drafted = DraftStats()
+            session.drafted.reason = reason
         return own._sample(
             input_ids,
             logits_processor=logits_processor,
@@ -96,21 +98,27 @@ class ExactDecoding(ModeControl):
         assert choice.build is not None
         run = choice.build(parts)
         state = rows_behind(model_kwargs, run.load(cache))
-        texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
+        texts = RowTexts(
+            call.input_ids, call.criteria, call.config, call.streamer, state.first, session.origins
+        )
         sample = bool(call.config.do_sample)
         chooser = TokenChooser(call.own_processors, sample, state.rows)
         last = self._last_state(cache, state.rows)
         head = None
-        if session.in_step and parts.heads:
-            spec = parts.heads[0].spec
-            head = HeadDraft(run, 0, spec, state, parts.draft.tokens, last)
+        governors = self.assembly.governors
+        k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
+        if k is not None:
+            head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last)
+        depth = self.shell.num_layers
+        governor = governors.find(run, depth, state, head)
         returned = bool(call.config.return_dict_in_generate)
         stores = returned or bool(getattr(cache, "_is_user_defined", False))
-        depth = self.shell.num_layers
-        loop = ExactLoop(run, depth, state, texts, chooser, head, keeps_states=stores)
+        loop = ExactLoop(run, depth, state, texts, chooser, head, governor, keeps_states=stores)
         loop.begin(logits)
-        loop.decode(Shape(8, 2, 2))
+        loop.decode()
         texts.end()
+        session.drafted = loop.stats
+        session.drafted.choices = governors.to_dict()
         if stores:
             if head is not None:
                 states = loop.catch_up([each.spec for each in parts.heads], last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,19 +10,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.row_pass import BASE
 from sedac_hf.generation.acceptance import walk
-from sedac_hf.generation.draft_tree import DraftTree, stack_trees
+from sedac_hf.generation.draft_tree import BLANK, NAMES, DraftTree, stack_trees
 from sedac_hf.generation.prompt_lookup import find_continuation
 from sedac_hf.generation.row_state import chain_mask, gather_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.row_pass import RowPass
     from sedac_hf.generation.acceptance import TokenChooser, Walk
-    from sedac_hf.generation.governor import Shape
+    from sedac_hf.generation.governor import Cycle, Governor
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts
@@ -32,7 +34,11 @@ IntArray = npt.NDArray[np.int64]
 
 
 class ExactLoop:
-    """Decodes a batch whose prompt the pass has taken over."""
+    """Decodes a batch whose prompt the pass has taken over.
+
+    Attributes:
+        stats: What became of the drafts.
+    """
 
     def __init__(
         self,
@@ -42,8 +48,10 @@ class ExactLoop:
         texts: RowTexts,
         chooser: TokenChooser,
         head: HeadDraft | None,
+        governor: Governor,
         *,
         keeps_states: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Prepare to decode.
 
@@ -54,14 +62,19 @@ class ExactLoop:
             texts: The rows' texts.
             chooser: Draws tokens.
             head: Drafts with an exit head; None for drafts from the text alone.
-            keeps_states: Whether `store` will be asked for.
+            governor: Says how much to draft.
+            keeps_states: Whether `catch_up` will be asked for.
+            clock: Seconds.
         """
+        self.stats = DraftStats()
         self._run = run
         self._depth = depth
         self._state = state
         self._texts = texts
         self._chooser = chooser
         self._head = head
+        self._governor = governor
+        self._clock = clock
         self._roots = np.zeros(state.rows, np.int64)
         self._loaded = state.length.copy()
         self._finals: list[tuple[Tensor, IntArray]] | None = [] if keeps_states else None
@@ -75,62 +88,83 @@ class ExactLoop:
         rows = list(range(self._state.rows))
         self._roots = np.array(self._chooser.choose(self._texts, rows, logits), np.int64)
 
-    def decode(self, shape: Shape) -> None:
-        """Run cycles until every row has stopped.
-
-        Args:
-            shape: Size of the trees.
-        """
+    def decode(self) -> None:
+        """Run cycles until every row has stopped."""
         while not self._texts.done.all():
-            self.cycle(shape)
+            self.cycle()
 
-    def cycle(self, shape: Shape) -> Walk:
-        """Draft, verify and accept once.
-
-        Args:
-            shape: Size of the trees.
-
-        Returns:
-            How far each row went.
-        """
-        state, texts = self._state, self._texts
+    def cycle(self) -> None:
+        """Draft, verify and accept once."""
+        state, texts, governor = self._state, self._texts, self._governor
         alive = ~texts.done
         trees = [
             DraftTree(int(self._roots[row]), max(texts.remaining(row) - 1, 0))
             for row in range(state.rows)
         ]
-        entered = self._draft(trees, alive, shape)
-        final = self._verify(trees, entered)
-        found = walk(self._chooser, texts, trees, self._run.logits(final[1]))
+        cycle = governor.begin()
+        entered = self._draft(trees, alive, cycle)
+        begun = self._clock()
+        hidden, final = self._verify(trees, entered)
+        found = walk(self._chooser, texts, trees, self._run.logits(final))
         self._run.keep(BASE, state.length, found.path, found.counts)
+        cycle.verify = self._clock() - begun
         if self._head is not None:
-            self._head.settled(final[0], final[1], found.path, found.counts)
+            self._head.settled(hidden, final, found.path, found.counts)
         if self._finals is not None:
-            self._finals.append((gather_nodes(final[1], found.path), found.counts))
+            self._finals.append((gather_nodes(final, found.path), found.counts))
         state.length = state.length + found.counts
         self._roots = found.roots
-        return found
+        self._report(cycle, trees, found, alive)
+
+    def _report(
+        self,
+        cycle: Cycle,
+        trees: Sequence[DraftTree],
+        found: Walk,
+        alive: npt.NDArray[np.bool_],
+    ) -> None:
+        """Tell the governor how it went."""
+        rows = np.flatnonzero(alive).tolist()
+        cycle.nodes, cycle.rows = len(trees[0]), len(rows)
+        cycle.tokens = int(found.counts.sum())
+        paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
+        self._governor.end(cycle, [trees[row] for row in rows], paths)
+        self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
+        for row, path in zip(rows, paths, strict=True):
+            tree = trees[row]
+            real = [d for d, o in zip(tree.depths, tree.origins, strict=True) if o != BLANK]
+            self.stats.add_tree(max(real), [NAMES[tree.origins[node]] for node in path[1:]])
 
     def _draft(
-        self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], shape: Shape
+        self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], cycle: Cycle
     ) -> Tensor | None:
         """Grow the trees; states at the head's checkpoint of the nodes that it has run."""
-        entered = None
-        if shape.nodes > 1:
-            for row in np.flatnonzero(alive).tolist():
-                self._look_up(trees[row], self._texts.text(row), shape)
-            if self._head is not None and shape.levels:
-                entered = self._head.draft(trees, alive, shape)
+        governor, entered, covered = self._governor, None, 0.0
+        rows = np.flatnonzero(alive).tolist()
+        for row in rows:
+            covered += self._look_up(trees[row], self._texts.text(row))
+        # Where the text itself says what comes, the head has less to add.
+        promise = 1 - covered / max(len(rows), 1)
+        if self._head is not None and cycle.on and governor.worth_a_level(0, promise, 0):
+            entered, cycle.levels = self._head.draft(trees, alive, governor, self._clock)
+            cycle.drafted = True
+        least = len(trees[0])
+        for row in rows:
+            trees[row].take(governor.most_nodes - least)
+        scores = [trees[row].scores for row in rows]
+        size = governor.best_size(scores, least, cycle.drafted)
         for tree in trees:
-            tree.take(shape.nodes - len(tree), shape.least)
+            tree.cut(size)
         return entered
 
-    def _look_up(self, tree: DraftTree, text: IntArray, shape: Shape) -> None:
-        hit = find_continuation(text, shape.nodes - 1)
-        if hit is not None:
-            tokens = hit.tokens.tolist()
-            first = 1 - 0.5**hit.matched
-            tree.offer_path(tokens, [first ** (step + 1) for step in range(len(tokens))])
+    def _look_up(self, tree: DraftTree, text: IntArray) -> float:
+        """Put up what followed in the text before; probability that its first token is right."""
+        hit = find_continuation(text, self._governor.most_nodes - 1)
+        if hit is None:
+            return 0.0
+        scores = self._governor.found_scores(hit.matched, len(hit.tokens))
+        tree.offer_path(hit.tokens.tolist(), scores, hit.matched)
+        return scores[0]
 
     def _verify(self, trees: Sequence[DraftTree], entered: Tensor | None) -> tuple[Tensor, Tensor]:
         """States at the head's checkpoint and after the last layer, of all nodes."""

@@ -22,11 +22,21 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
 
     Args:
         result: What `generate` returned: sequences, or an output object that gets `exit_layers`
-            `[rows, new_tokens]`.
+            `[rows, new_tokens]` and, in exact mode, `drafts` (see `DraftStats.to_dict`).
         session: The call.
         stats: Totals of the model.
     """
-    if not session.records or session.prompt_length is None:
+    if session.drafted is not None:
+        stats.drafts.merge(session.drafted)
+        if not isinstance(result, Tensor):
+            result["drafts"] = session.drafted.to_dict()
+    stats.add_tails(session.tails)
+    if session.prompt_length is None:
+        return
+    if session.drafted is not None and not session.drafted.reason:
+        _finish_exact(result, session, stats)
+        return
+    if not session.records:
         return
     is_output = not isinstance(result, Tensor)
     sequences: Tensor = result.sequences if is_output else result
@@ -41,6 +51,17 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
     if is_output:
         layers = _layers_of_rows(session.records, new.shape, beams, stats.depth)
         result["exit_layers"] = torch.from_numpy(layers)
+
+
+def _finish_exact(result: Any, session: ExitSession, stats: ExitStats) -> None:
+    """Every token of exact mode has gone through the full depth."""
+    sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+    new = sequences[:, session.prompt_length :]
+    full = np.full(tuple(new.shape), stats.depth, np.int64)
+    real = full[_before_end(new, session.eos_tokens)]
+    stats.add(real, np.zeros((len(real), len(stats.exits_by_layer)), np.bool_))
+    if not isinstance(result, Tensor):
+        result["exit_layers"] = torch.from_numpy(full)
 
 
 def _count(

@@ -1,26 +1,256 @@
-"""How much to draft."""
+"""How much to draft: what is worth its time by measured costs and by what was accepted so far."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Shape"]
+from sedac_hf.generation.costs import PassCosts, Tally
+from sedac_hf.generation.draft_tree import HEAD, LOOKUP
+
+if TYPE_CHECKING:
+    from sedac_hf.generation.draft_tree import DraftTree
+
+__all__ = ["Cycle", "Governor"]
+
+_DEEPEST = 8  # depths that are told apart
+_LONGEST = 4  # matched tokens of a lookup that are told apart
+_TRIAL = 12  # cycles that drafting is tried for before it is judged
+_PROBE = 4  # cycles of a later try
+_FIRST_WAIT, _LONGEST_WAIT = 64, 1024  # cycles without drafts between tries
+# Drafting must promise this much more than doing without, since estimates are noisy.
+_MARGIN = 1.02
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Size of the trees of one cycle.
+@dataclass
+class Cycle:
+    """One cycle as it went.
 
     Attributes:
-        nodes: Nodes verified at most, the root among them.
-        levels: Calls of the exit head at most; 0 for none.
-        width: Nodes that each level behind the first expands.
-        least: Probability below which a node is not worth its place.
-        least_level: Probability of the best candidate below which no further level is run.
+        on: Whether drafting with the head was allowed.
+        drafted: Whether the head was asked.
+        levels: Seconds of each call of the head, with what belongs to it.
+        nodes: Nodes verified.
+        verify: Seconds from the drafts to the next roots.
+        rows: Rows that took part.
+        tokens: Tokens that they gained together.
     """
 
-    nodes: int
-    levels: int
-    width: int
-    least: float = 0.0
-    least_level: float = 0.0
+    on: bool = False
+    drafted: bool = False
+    levels: list[float] = field(default_factory=list)
+    nodes: int = 1
+    verify: float = 0.0
+    rows: int = 1
+    tokens: int = 1
+
+
+class Governor:
+    """Decides for one head (or none) at one batch size; lives as long as the model.
+
+    Times are in seconds, and only compared with each other.
+    """
+
+    def __init__(
+        self,
+        full: PassCosts,
+        tail: PassCosts | None = None,
+        level: float = 0.0,
+        *,
+        most_nodes: int = 16,
+        most_levels: int = 4,
+        width: int = 2,
+    ) -> None:
+        """Begin with measured costs.
+
+        Args:
+            full: What passes through all layers take.
+            tail: The same from the head's checkpoint on; None without a head.
+            level: Seconds of one call of the head, early layers and draft logits included.
+            most_nodes: Nodes verified at most.
+            most_levels: Calls of the head at most.
+            width: Nodes that each level behind the first expands.
+        """
+        self.most_nodes, self.most_levels, self.width = most_nodes, most_levels, width
+        self._full = full
+        self._tail = tail
+        self._level = [Tally(level, 2.0, 0.9) for _ in range(most_levels)]
+        self._off = (Tally(1.0, 8.0), Tally(self._full.of(1), 8.0))  # tokens, seconds a cycle
+        self._on = (Tally(1.0, 0.01), Tally(1.0, 0.01))
+        # Share of what the head gives a child that is accepted, once its parent is, by depth.
+        self._trust = [Tally(1.0, 20.0, 0.995) for _ in range(_DEEPEST + 1)]
+        # Share of accepted and expanded nodes one of whose children is accepted, by depth.
+        self._covered = [Tally(0.5, 4.0, 0.99) for _ in range(_DEEPEST + 1)]
+        guesses = {matched: 1 - 0.6**matched for matched in range(1, _LONGEST + 1)}
+        self._found = {
+            matched: [Tally(guess, 4.0, 0.99) for _ in range(_DEEPEST + 1)]
+            for matched, guess in guesses.items()
+        }
+        self._lock = threading.Lock()
+        self._cycles = self._tried = self._since_try = 0
+        self._wait = _FIRST_WAIT
+        self._left = _TRIAL if tail is not None else 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens a row gains per second, by the better of the two ways so far."""
+        return self._rate_on if self.is_on else self._rate_off
+
+    @property
+    def _rate_off(self) -> float:
+        return self._off[0].value / max(self._off[1].value, 1e-9)
+
+    @property
+    def _rate_on(self) -> float:
+        return self._on[0].value / max(self._on[1].value, 1e-9)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether drafting with the head has been found to pay."""
+        return self._tried >= _TRIAL and self._rate_on > _MARGIN * self._rate_off
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether the first trial of the head is still to be ended."""
+        return self._tail is not None and self._tried < _TRIAL
+
+    @property
+    def promise(self) -> float:
+        """Tokens a row gains per second when this head may draft."""
+        return self._rate_on
+
+    def begin(self) -> Cycle:
+        """Start a cycle; says whether the head may be asked."""
+        with self._lock:
+            return self._begin()
+
+    def _begin(self) -> Cycle:
+        self._cycles += 1
+        if self._tail is None:
+            return Cycle()
+        if self._left > 0:
+            self._left -= 1
+            return Cycle(on=True)
+        if self.is_on:
+            self._wait = _FIRST_WAIT
+            return Cycle(on=True)
+        self._since_try += 1
+        if self._since_try >= self._wait:
+            self._since_try, self._left = 0, _PROBE - 1
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
+            return Cycle(on=True)
+        return Cycle()
+
+    def trust(self, depth: int) -> float:
+        """By what to multiply the head's probability of a child at `depth`."""
+        return min(self._trust[min(depth, _DEEPEST)].value, 1.0)
+
+    def found_scores(self, matched: int, count: int) -> list[float]:
+        """Probability that each token of a continuation found in the text is right.
+
+        Args:
+            matched: Tokens that matched.
+            count: Tokens of the continuation.
+        """
+        tallies, scores, chance = self._found[min(matched, _LONGEST)], [], 1.0
+        for step in range(count):
+            chance *= min(tallies[min(step + 1, _DEEPEST)].value, 1.0)
+            scores.append(chance)
+        return scores
+
+    def worth_a_level(self, level: int, parents: float, depth: int) -> bool:
+        """Whether one more call of the head promises more than its time would bring otherwise.
+
+        Args:
+            level: Calls so far.
+            parents: Sum of the probabilities of the nodes that it would expand, mean of the rows.
+            depth: Their depth.
+        """
+        if level >= self.most_levels:
+            return False
+        gain = parents * self._covered[min(depth + 1, _DEEPEST)].value
+        return gain > self.rate * self._level[level].value
+
+    def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
+        """Nodes to verify.
+
+        Args:
+            scores: Of each row, the probability of every node, those that must be verified first.
+            least: How many must be.
+            drafted: Whether the head has run the early layers.
+        """
+        costs = self._tail if drafted and self._tail is not None else self._full
+        rows, rate = len(scores), self.rate
+        most = max((len(row) for row in scores), default=0)
+        best, best_size, gain = float("-inf"), max(least, 1), 0.0
+        for size in range(1, most + 1):
+            gain += sum(row[size - 1] for row in scores if len(row) >= size) / rows
+            if size >= least:
+                net = gain - rate * costs.of(size)
+                if net > best:
+                    best, best_size = net, size
+        return best_size
+
+    def end(self, cycle: Cycle, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]) -> None:
+        """Learn from a cycle.
+
+        Args:
+            cycle: How it went.
+            trees: The trees of the rows that took part.
+            paths: Their accepted nodes, the root first.
+        """
+        with self._lock:
+            self._end(cycle, trees, paths)
+
+    def _end(
+        self, cycle: Cycle, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]
+    ) -> None:
+        costs = self._tail if cycle.drafted and self._tail is not None else self._full
+        costs.add(cycle.nodes, cycle.verify)
+        for level, seconds in enumerate(cycle.levels[: self.most_levels]):
+            self._level[level].add(min(seconds, 3 * self._level[level].value or seconds))
+        way = self._on if cycle.on else self._off
+        way[0].add(cycle.tokens / max(cycle.rows, 1))
+        # Smoothed costs rather than the clock's: one hiccup must not decide.
+        spent = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
+        way[1].add(spent + costs.of(cycle.nodes))
+        self._tried += cycle.on
+        for tree, path in zip(trees, paths, strict=True):
+            self._learn(tree, set(path), cycle.drafted)
+
+    def _learn(self, tree: DraftTree, kept: set[int], drafted: bool) -> None:
+        """Which of the nodes whose parent was accepted were right themselves."""
+        for node in range(1, len(tree)):
+            parent, depth = tree.parents[node], min(tree.depths[node], _DEEPEST)
+            if parent not in kept:
+                continue
+            chance = tree.scores[node] / max(tree.scores[parent], 1e-9)
+            if tree.origins[node] == HEAD and chance > 0:
+                self._trust[depth].add(float(node in kept), chance / max(self.trust(depth), 1e-3))
+            elif tree.origins[node] == LOOKUP:
+                self._found[min(tree.matched, _LONGEST)][depth].add(float(node in kept))
+        if not drafted:
+            return
+        for node in kept & tree.expanded:
+            depth = min(tree.depths[node] + 1, _DEEPEST)
+            self._covered[depth].add(float(any(tree.parents[child] == node for child in kept)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What it has measured and decided, as JSON values."""
+        return {
+            "drafting": self.is_on or self._left > 0,
+            "cycles": self._cycles,
+            "cycles_drafted": self._tried,
+            "rate_drafting": self._rate_on if self._tried else None,
+            "rate_without": self._rate_off,
+            "pass_ms": _in_ms(self._full),
+            "tail_ms": None if self._tail is None else _in_ms(self._tail),
+            "level_ms": [1e3 * each.value for each in self._level],
+            "covered_by_depth": [each.value for each in self._covered[1:]],
+        }
+
+
+def _in_ms(costs: PassCosts) -> dict[int, float]:
+    return {nodes: 1e3 * seconds for nodes, seconds in costs.to_dict().items()}

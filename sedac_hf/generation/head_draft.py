@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.row_pass import Placement, RowPass
     from sedac_hf.generation.draft_tree import DraftTree
-    from sedac_hf.generation.governor import Shape
+    from sedac_hf.generation.governor import Governor
     from sedac_hf.generation.row_state import RowState
 
 __all__ = ["HeadDraft"]
@@ -85,30 +85,40 @@ class HeadDraft:
         return hidden
 
     def draft(
-        self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], shape: Shape
-    ) -> Tensor:
+        self,
+        trees: Sequence[DraftTree],
+        alive: npt.NDArray[np.bool_],
+        governor: Governor,
+        clock: Callable[[], float],
+    ) -> tuple[Tensor, list[float]]:
         """Grow trees from their roots.
 
         Args:
             trees: One per row, with its root alone taken.
             alive: Rows that go on, `[rows]`.
-            shape: How many levels, nodes a level and candidates a node.
+            governor: Says how far to go.
+            clock: Seconds.
 
         Returns:
-            States at the checkpoint of all nodes taken, `[rows, nodes, width]`.
+            States at the checkpoint of all nodes taken, `[rows, nodes, width]`, and the seconds of
+            each level.
         """
-        rows = len(trees)
+        rows, begun, spent = len(trees), clock(), list[float]()
         zero = np.zeros((rows, 1), np.int64)
         stacked = stack_trees(trees)
         hidden = self.enter(stacked.tokens, zero, stacked.seen)
         states = self._redo_and_root(hidden, alive)
-        self._offer(trees, states, zero, shape.nodes - 1)
-        for _ in range(shape.levels - 1):
-            at = len(trees[0])
-            if max(tree.best_pending() for tree in trees) < shape.least_level:
-                break
-            if not any([tree.take(shape.width, shape.least, at) for tree in trees]):
-                break
+        self._offer(trees, states, zero, governor)
+        while True:
+            now = clock()
+            spent.append(now - begun)
+            begun, at = now, len(trees[0])
+            next_ones = [tree.next_scores(governor.width) for tree in trees]
+            promise = sum(sum(each) for each in next_ones) / max(int(alive.sum()), 1)
+            if not governor.worth_a_level(len(spent), promise, len(spent)):
+                return hidden, spent
+            if not any([tree.take(governor.width, known=at) for tree in trees]):
+                return hidden, spent
             stacked = stack_trees(trees)
             new = slice(at, len(trees[0]))
             depths, parents = stacked.depths[:, new], stacked.parents[:, new]
@@ -116,12 +126,10 @@ class HeadDraft:
             hidden = torch.cat([hidden, fresh], dim=1)
             # The root is settled in the head's own cache: the open nodes are those behind it.
             where = self._state.place(depths - 1, stacked.seen[:, new, 1:], self._length)
-            stand_in = gather_nodes(states, parents)
-            fresh = self._head(fresh, stand_in, where)
+            fresh = self._head(fresh, gather_nodes(states, parents), where)
             states = torch.cat([states, fresh], dim=1)
             nodes = np.tile(np.arange(new.start, new.stop), (rows, 1))
-            self._offer(trees, fresh, nodes, shape.nodes - 1)
-        return hidden
+            self._offer(trees, fresh, nodes, governor)
 
     def settled(self, hidden: Tensor, final: Tensor, path: IntArray, counts: IntArray) -> None:
         """Take note of what was accepted.
@@ -172,15 +180,41 @@ class HeadDraft:
         return self._run.head(self.k, hidden, feedback if self._feeds else None, at)
 
     def _offer(
-        self, trees: Sequence[DraftTree], states: Tensor, nodes: IntArray, most: int
+        self, trees: Sequence[DraftTree], states: Tensor, nodes: IntArray, governor: Governor
     ) -> None:
         """Put up the most probable continuations of some nodes."""
-        logits = self._run.draft_logits(states).float()
-        top = logits.topk(min(most, logits.shape[-1]), dim=-1)
-        chances = (top.values - logits.logsumexp(-1, keepdim=True)).exp().tolist()
-        ids = top.indices if self._tokens is None else self._tokens.to(top.indices)[top.indices]
-        tokens = ids.tolist()
+        tokens, chances = self.candidates(states, governor.most_nodes - 1)
         for row, tree in enumerate(trees):
             for column, node in enumerate(nodes[row].tolist()):
                 if tree.scores[node] > 0:  # no blank
-                    tree.offer(node, tokens[row][column], chances[row][column])
+                    trust = governor.trust(tree.depths[node] + 1)
+                    own = [chance * trust for chance in chances[row][column]]
+                    tree.offer(node, tokens[row][column], own)
+
+    def candidates(
+        self, states: Tensor, most: int
+    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
+        """The most probable tokens behind some nodes, and their probabilities.
+
+        Args:
+            states: States for the final norm, `[rows, n, width]`.
+            most: Candidates a node.
+        """
+        logits = self._run.draft_logits(states).float()
+        top = logits.topk(min(most, logits.shape[-1]), dim=-1)
+        chances = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+        ids = top.indices if self._tokens is None else self._tokens.to(top.indices)[top.indices]
+        return ids.tolist(), chances.tolist()
+
+    def trial(self, tokens: IntArray) -> None:
+        """Run one level behind the settled positions; leaves nothing behind.
+
+        Args:
+            tokens: Tokens of a chain, `[rows, n]`.
+        """
+        rows, nodes = tokens.shape
+        steps = np.tile(np.arange(nodes), (rows, 1))
+        seen = chain_mask(np.full(rows, nodes), nodes)
+        hidden = self.enter(tokens, steps, seen)
+        at = self._state.place(steps, seen, self._length)
+        self.candidates(self._head(hidden, torch.zeros_like(hidden), at), 8)

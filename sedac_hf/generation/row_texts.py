@@ -48,6 +48,7 @@ class RowTexts:
     Attributes:
         done: Rows that have stopped, `[rows]`.
         new: Tokens that each row has been given, prompt not counted, `[rows]`.
+        origins: Where each new token of the first row came from.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class RowTexts:
         config: GenerationConfig,
         streamer: BaseStreamer | None,
         first: IntArray,
+        origins: list[str] | None = None,
     ) -> None:
         """Begin with the prompt.
 
@@ -66,7 +68,9 @@ class RowTexts:
             config: Settings of the call; says what is to be returned.
             streamer: Gets each token, or None.
             first: Padding at the beginning of each row, `[rows]`.
+            origins: Where to note where tokens come from.
         """
+        self.origins = [] if origins is None else origins
         self._prompt = input_ids
         self._criteria = criteria
         self._streamer = streamer
@@ -113,7 +117,12 @@ class RowTexts:
         return torch.from_numpy(self._tokens[row, : self._length + self.new[row]].copy())
 
     def append(
-        self, row: int, token: int, scores: Tensor | None = None, logits: Tensor | None = None
+        self,
+        row: int,
+        token: int,
+        scores: Tensor | None = None,
+        logits: Tensor | None = None,
+        origin: str = "base",
     ) -> bool:
         """Give a row its next token.
 
@@ -122,6 +131,7 @@ class RowTexts:
             token: The token.
             scores: What the token was chosen by, `[vocabulary]`, where it is to be kept.
             logits: The base's logits, likewise.
+            origin: Who had drafted it, or the base.
 
         Returns:
             Whether the row has stopped.
@@ -131,6 +141,8 @@ class RowTexts:
             self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)], axis=1)
         self._tokens[row, at] = token
         self.new[row] += 1
+        if row == 0:
+            self.origins.append(origin)
         if self._scores is not None and scores is not None:
             self._scores[row].append(scores)
         if self._logits is not None and logits is not None:

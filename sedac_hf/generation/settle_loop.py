@@ -71,7 +71,8 @@ class SettleLoop:
         self._last = last
         self._max_pending = max_pending
         self._temperatures = [layer.temperature for layer in session.cascade.config.layers]
-        heads = parts.heads
+        # Heads that have not followed the prompt cannot be asked.
+        heads = parts.heads if session.in_step else ()
         self._queues = [HeadQueue(run, k, h.spec.feedback, state) for k, h in enumerate(heads)]
         self._stops = [head.layer_idx + 1 for head in heads]
         self._open = OpenNodes(run, state, self._stops, self._queues)

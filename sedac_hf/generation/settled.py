@@ -56,7 +56,7 @@ def decode_settled(
     )  # fmt: skip
     loop.decode(logits)
     texts.end()
-    session.passes += loop.tails
+    session.tails += loop.tails
     if stores:
         states = loop.settle()
         if parts.layout.has_feedback and states.shape[1]:

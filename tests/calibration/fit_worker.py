@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sedac_hf.calibration.fit_stages import FitSettings
+from sedac_hf.calibration.fit_settings import FitSettings
 from sedac_hf.calibration.fitting import fit
 from sedac_hf.config import CheckpointSpec
 from tests.micro_model import MicroLanguage

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedac_hf.calibration.fit_stages import FitReport, FitSettings, default_checkpoints
+from sedac_hf.calibration.fit_settings import FitReport, FitSettings
+from sedac_hf.calibration.fit_stages import default_checkpoints
 from sedac_hf.calibration.fitting import fit
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.errors import CalibrationError
@@ -125,8 +126,8 @@ def test_too_few_texts_are_refused(micro_model: MicroModel, tmp_path: Path) -> N
         )
 
 
-def test_default_checkpoints_lie_in_the_upper_half_and_leave_something_to_skip() -> None:
-    assert [spec.layer_idx for spec in default_checkpoints(30)] == [11, 15, 20]
-    assert [spec.layer_idx for spec in default_checkpoints(2)] == [0]
+def test_default_checkpoints_are_shallow_and_leave_something_to_skip() -> None:
+    assert [spec.layer_idx for spec in default_checkpoints(30)] == [-1, 4]
+    assert [spec.layer_idx for spec in default_checkpoints(2)] == [-1, 0]
     with pytest.raises(CalibrationError, match="nothing to skip"):
         default_checkpoints(1)

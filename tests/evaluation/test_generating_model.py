@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sedac_hf.calibration.policy_search import Policy, verify
+from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.evaluation.perplexity import paired_perplexity
 from sedac_hf.evaluation.scoring import document_deltas, score_documents
+from sedac_hf.evaluation.settled_scoring import score_policies
 from tests.evaluation.wrapped import LAYERS, random_documents, wrapped_llama
 
 
@@ -92,3 +96,32 @@ def test_without_thresholds_both_are_the_base():
     model.set_cascade(None)
     found = paired_perplexity(model, some)
     assert (found.ppl_increase, found.exit_share) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("head", ["lens", "block"])
+@pytest.mark.parametrize("gate", [0.0, 0.02])
+def test_scores_of_settled_exits_equal_those_of_real_generation(head, gate):
+    model, some = wrapped_llama(head, gate=gate), random_documents(12)
+    model.config.kv_mode = "settle"
+    full, found = score_policies(model, some, [None, model.cascade], batch_tokens=50)
+    alone = score_documents(model, some, exits="simulate")
+    np.testing.assert_allclose(found.nll, alone.nll, atol=2e-4)
+    np.testing.assert_array_equal(found.exits, alone.exits)
+    np.testing.assert_allclose(full.nll, score_documents(model, some).nll, atol=2e-4)
+    for i, document in enumerate(some):
+        nll, layers = dictated(model, document, "certified")
+        assert found.nll[i] == pytest.approx(nll, abs=2e-4)
+        ran = [min(layer + 1, model.exit_stats.depth) for layer in layers]
+        assert np.bincount(ran, minlength=len(found.exits[i])).tolist() == found.exits[i].tolist()
+    assert 0.1 < found.exit_share < 0.9
+
+
+def test_closing_a_later_checkpoint_changes_nothing_at_an_earlier_one():
+    model, some = wrapped_llama("lens"), random_documents(6)
+    model.config.kv_mode = "settle"
+    closed = replace(model.cascade.layers[1], threshold=0.0, exit_confidence=2.0)
+    only = CascadeConfig([model.cascade.layers[0], closed])
+    both, alone = score_policies(model, some, [model.cascade, only])
+    assert (both.exits[:, 1] == alone.exits[:, 1]).all()
+    assert both.exits[:, 3].any()
+    assert not alone.exits[:, 3].any()

@@ -27,29 +27,29 @@ def test_the_most_probable_paths_are_taken_first() -> None:
 def test_what_is_below_the_least_probability_stays_out() -> None:
     tree = DraftTree(9, limit=3)
     tree.offer(0, [1, 2], [0.6, 0.3])
-    assert tree.best_pending() == 0.6
+    assert tree.next_scores(3) == [0.6, 0.3]
     assert tree.take(5, least=0.4) == [1]
-    assert tree.best_pending() == 0.3
+    assert tree.next_scores(3) == [0.3]
     assert tree.take(5) == [2]
-    assert tree.best_pending() == 0
+    assert tree.next_scores(3) == []
 
 
 def test_no_node_lies_deeper_than_the_limit() -> None:
     tree = DraftTree(9, limit=2)
-    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7])
+    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7], 2)
     assert len(tree.take(9)) == 2
     tree.offer(2, [4], [0.9])
     assert tree.take(9) == []
     none = DraftTree(9, limit=0)
     none.offer(0, [1], [0.9])
-    none.offer_path([1], [0.9])
+    none.offer_path([1], [0.9], 2)
     assert none.take(9) == []
 
 
 def test_a_path_found_as_a_whole_shares_the_nodes_that_are_there() -> None:
     tree = DraftTree(9, limit=5)
     tree.offer(0, [1, 2], [0.6, 0.3])
-    tree.offer_path([1, 7, 8], [0.5, 0.45, 0.4])
+    tree.offer_path([1, 7, 8], [0.5, 0.45, 0.4], 2)
     assert tree.take(9) == [1, 2, 3, 4]
     assert tree.tokens == [9, 1, 7, 8, 2]
     assert tree.parents == [-1, 0, 1, 2, 0]
@@ -58,7 +58,7 @@ def test_a_path_found_as_a_whole_shares_the_nodes_that_are_there() -> None:
 
 def test_children_of_nodes_that_are_not_known_yet_wait() -> None:
     tree = DraftTree(9, limit=5)
-    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7])
+    tree.offer_path([1, 2, 3], [0.9, 0.8, 0.7], 2)
     tree.offer(0, [4], [0.5])
     assert tree.take(9, known=1) == [1, 2]
     assert tree.tokens == [9, 1, 4]
@@ -93,3 +93,13 @@ def test_rows_are_padded_with_blanks_that_no_token_reaches() -> None:
         [one, one, zero, one],
     ]
     assert np.array_equal(stacked.seen[1], expected)
+
+
+def test_nodes_that_are_given_up_can_no_longer_be_reached() -> None:
+    tree = DraftTree(9, limit=5)
+    tree.offer(0, [1, 2, 3], [0.6, 0.3, 0.1])
+    tree.take(9)
+    tree.cut(2)
+    assert (len(tree), tree.tokens, tree.depths) == (2, [9, 1], [0, 1])
+    assert (tree.child(0, 1), tree.child(0, 2)) == (1, None)
+    assert tree.expanded == {0}

@@ -21,6 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.generation.costs import PassCosts
+from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.governors import Governors
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import LAYERS, VOCABULARY, build_tiny, prompt
 from tests.wrapping import wrap
@@ -28,6 +31,28 @@ from tests.wrapping import wrap
 NEW = 14
 GREEDY: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 EXACT: dict[str, Any] = {"sedac_mode": "exact"}
+
+
+class Eager(Governor):
+    """Always drafts as much as it can, whatever this machine's clock says."""
+
+    def __init__(self, has_head: bool) -> None:
+        flat = PassCosts({1: 1.0})
+        super().__init__(flat, flat if has_head else None, 0.0, most_nodes=8, most_levels=2)
+
+    def begin(self) -> Cycle:
+        return Cycle(on=True)
+
+    def end(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
+        return Eager(head is not None)
+
+    monkeypatch.setattr(Governors, "find", find)
 
 
 def padded(rows: int, length: int = 9) -> dict[str, Tensor]:

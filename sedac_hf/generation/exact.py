@@ -57,8 +57,9 @@ class ExactDecoding(ModeControl):
             if reason is None and choice.build is not None:
                 run = choice.build(self.assembly.parts)
                 return decode_settled(self, session, run, call, model_kwargs)
-            session.drafted = DraftStats()
-            session.drafted.reason = reason
+            if session.mode == "exact":
+                session.drafted = DraftStats()
+                session.drafted.reason = reason or ""
         return own._sample(
             input_ids,
             logits_processor=logits_processor,

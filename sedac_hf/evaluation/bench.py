@@ -249,11 +249,16 @@ class _Bench:
 
     def _notes(self) -> dict[str, list[str]]:
         model = self._model
+        policy = model.certificate.policy if model.certificate else None
         if model.cascade is None:
-            return {"certified": ["exits are off: no policy is certified for this model"]}
-        if model.exits_off_reason:
-            return {"certified": [f"exits are off: {model.exits_off_reason}"]}
-        return {}
+            note = "exits are off: no policy is certified for this model"
+        elif model.exits_off_reason:
+            note = f"exits are off: {model.exits_off_reason}"
+        elif policy is None or policy.cascade != model.cascade:
+            note = "exits act on thresholds that no certificate covers"
+        else:
+            return {}
+        return {"certified": [note]}
 
 
 def _apart(

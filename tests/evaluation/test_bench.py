@@ -14,6 +14,7 @@ from sedac_hf.evaluation.arms import Arm, base_arm, make_batches, mode_arm
 from sedac_hf.evaluation.bench import run_bench
 from sedac_hf.evaluation.bench_plan import BenchPlan
 from sedac_hf.modeling import SedacForCausalLM
+from tests.artefacts import issue
 from tests.tiny_models import build_tiny
 from tests.wrapping import wrap
 
@@ -242,12 +243,22 @@ def test_a_refused_mode_is_left_out_by_name(model, prompts, monkeypatch):
     assert "certified: the base has changed" in result.left_out
 
 
-def test_exits_that_are_off_are_noted(micro_model, prompts):
+def test_what_covers_the_exits_is_noted(micro_model, prompts):
     model = wrap(micro_model.model, {1: "lens"})
+    small = plan(modes=("certified", "exact"), tokens=2)
+
+    def notes(mode="certified"):
+        found = by_mode(run_bench(model, prompts, small))[mode]["notes"]
+        return [note for note in found if note.startswith("exits")]
+
+    assert notes() == ["exits act on thresholds that no certificate covers"]
+    assert notes("exact") == []
+    model.certificate = issue(model.cascade)
+    assert notes() == []
+    model.exits_off_reason = "another data type"
+    assert notes() == ["exits are off: another data type"]
     model.set_cascade(None)
-    found = by_mode(run_bench(model, prompts, plan()))
-    assert any("exits are off" in note for note in found["certified"]["notes"])
-    assert not any("exits are off" in note for note in found["exact"]["notes"])
+    assert notes() == ["exits are off: no policy is certified for this model"]
 
 
 def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):

@@ -263,10 +263,10 @@ def test_what_covers_the_exits_is_noted(micro_model, prompts):
 
 
 def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
-    ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
+    ticks = SimpleNamespace(monotonic=count(0, 1000).__next__)
     monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
-    # The first cell took 10 s and ended after 30; of another one not even half would end in time.
-    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=45)
+    # Every look at the clock takes 1000 s. Of a second cell not even half would end in time.
+    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=6500)
     result = run_bench(model, prompts, wide)
     assert {(row["group"], row["batch"]) for row in result.rows} == {("chat", 2)}
     assert [line for line in result.left_out if "no time left" in line] == [
@@ -277,10 +277,10 @@ def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
 
 
 def test_what_only_a_part_is_measured_of_is_named(model, prompts, monkeypatch):
-    ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
+    ticks = SimpleNamespace(monotonic=count(0, 1000).__next__)
     monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
-    # A batch took 5 s; when the second cell is begun, 7 s are left.
-    part = plan(groups=("chat", "code"), modes=("off",), seconds=47.6)
+    # A batch took 500 s; when the second cell is planned, 760 s are left.
+    part = plan(groups=("chat", "code"), modes=("off",), seconds=7760)
     result = run_bench(model, prompts, part)
     assert [row["prompts"] for row in result.rows] == [4, 2]
     assert "code at batch 2: 1 of 2 batches, no time left" in result.left_out

@@ -125,14 +125,17 @@ class _Bench:
                 result.early_exit = self._search(prompts)
         cells = list(self._cells(prompts))
         for at, (group, rows, batches) in enumerate(cells):
-            name = f"{group} at batch {rows}"
-            count = self._budget.affordable([others for *_, others in cells[at:]])
+            name, left = f"{group} at batch {rows}", [others for *_, others in cells[at:]]
+            count = self._budget.affordable(left)
+            if count:
+                limit = self._budget.limit(left)
+                with progress(f"{name}: {count} batches, arms taking turns"):
+                    cell = self._measure(group, batches[:count], limit)
+                result.rows += self._rows(cell)
+                count = len(cell.batches)
             if count < len(batches):
                 of = f"{count} of {len(batches)} batches, " if count else ""
                 result.left_out.append(f"{name}: {of}no time left")
-            if count:
-                with progress(f"{name}: {count} batches, arms taking turns"):
-                    result.rows += self._rows(group, batches[:count])
         result.seconds = self._budget.spent
         return result
 
@@ -157,18 +160,13 @@ class _Bench:
             self._budget.expect(found.seconds_per_token[found.layer] / EARLY_EXIT_CALLS)
         return found
 
-    def _rows(self, group: str, batches: Sequence[Batch]) -> list[dict[str, Any]]:
-        begun = self._budget.spent
-        cell = self._measure(group, batches)
+    def _rows(self, cell: Measured) -> list[dict[str, Any]]:
         names = [*self._modes, *(["llama_cpp"] if "llama_cpp" in cell.seconds else [])]
         share, seed = head_share(self._model), self._plan.seed
-        rows = [build_row(cell, name, head_share=share, seed=seed) for name in names]
-        self._budget.learn(self._budget.spent - begun, batches)
-        self._cells_done += 1
-        return rows
+        return [build_row(cell, name, head_share=share, seed=seed) for name in names]
 
-    def _measure(self, group: str, batches: Sequence[Batch]) -> Measured:
-        model, plan = self._model, self._plan
+    def _measure(self, group: str, batches: Sequence[Batch], limit: float | None) -> Measured:
+        model, plan, begun = self._model, self._plan, self._budget.spent
         rows = len(batches[0].ids)
         settings = greedy_settings(model, plan.tokens)
         arms = _modes(model, self._modes, settings)
@@ -182,7 +180,13 @@ class _Bench:
             rounds=plan.repeats,
             counted=counted,
             warm_up=plan.warmed_up(self._cells_done),
+            limit=limit,
         )
+        batches = batches[: seconds["generate"].shape[1]]
+        equal = self._equal(batches, arms, settings)
+        apart = {mode: _apart(model, batches, arms, mode) for mode in self._modes}
+        self._budget.learn(self._budget.spent - begun, batches)
+        self._cells_done += 1
         return Measured(
             group=group,
             rows=rows,
@@ -190,8 +194,8 @@ class _Bench:
             arms=arms,
             seconds=seconds,
             counts={mode: stats.to_dict() for mode, stats in counted.items()},
-            equal=self._equal(batches, arms, settings),
-            apart={mode: _apart(model, batches, arms, mode) for mode in self._modes},
+            equal=equal,
+            apart=apart,
             reasons=reasons,
             notes=self._notes(),
         )
@@ -249,11 +253,16 @@ class _Bench:
 
     def _notes(self) -> dict[str, list[str]]:
         model = self._model
+        policy = model.certificate.policy if model.certificate else None
         if model.cascade is None:
-            return {"certified": ["exits are off: no policy is certified for this model"]}
-        if model.exits_off_reason:
-            return {"certified": [f"exits are off: {model.exits_off_reason}"]}
-        return {}
+            note = "exits are off: no policy is certified for this model"
+        elif model.exits_off_reason:
+            note = f"exits are off: {model.exits_off_reason}"
+        elif policy is None or policy.cascade != model.cascade:
+            note = "exits act on thresholds that no certificate covers"
+        else:
+            return {}
+        return {"certified": [note]}
 
 
 def _apart(

@@ -61,12 +61,20 @@ class Budget:
         first = cells[0]
         if self._plan.seconds is None:
             return len(first)
-        left = self._plan.seconds - self.spent
-        share = left * self._work(first) / sum(map(self._work, cells))
+        left, share = self._plan.seconds - self.spent, self._share(cells)
         for count in range(len(first), 0, -1):
             if self._rate * self._work(first[:count]) <= share:
                 return count
         return int(_MARGIN * self._rate * self._work(first[:1]) <= left)
+
+    def limit(self, cells: Sequence[Sequence[Batch]]) -> float | None:
+        """Seconds after which the first of some cells begins no further batch; None for no end."""
+        return None if self._plan.seconds is None else _MARGIN * self._share(cells)
+
+    def _share(self, cells: Sequence[Sequence[Batch]]) -> float:
+        """Seconds that the first of some cells gets of what is left."""
+        left = (self._plan.seconds or 0.0) - self.spent
+        return left * self._work(cells[0]) / sum(map(self._work, cells))
 
     def _work(self, batches: Sequence[Batch]) -> float:
         """Tokens that are written, each as often as it costs passes for a single one."""

@@ -11,7 +11,7 @@ from sedac_hf.evaluation.prompts import PROMPT_GROUPS
 __all__ = ["BENCH_MODES", "BenchPlan"]
 
 BENCH_MODES = ("exact", "certified", "plain", "off")
-_QUICK_SECONDS = 540.0
+_QUICK_SECONDS = 480.0
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ def take_turns(
     rounds: int,
     counted: Mapping[str, ExitStats] | None = None,
     warm_up: int | None = None,
+    limit: float | None = None,
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Time several ways to do the same; they take turns on each input, in changing order.
 
@@ -175,21 +176,26 @@ def take_turns(
         rounds: Rounds that are kept.
         counted: Statistics that an arm's kept calls count into.
         warm_up: Inputs of the round before the first, which is not kept; None for all.
+        limit: Seconds after which the first round begins no further input.
 
     Returns:
-        Seconds by arm, `[rounds, inputs]`.
+        Seconds by arm, `[rounds, inputs]`; fewer inputs, at least one, where the limit was met.
     """
     names = list(arms)
     seconds = {name: np.empty((rounds, len(inputs))) for name in names}
+    begun, used = time.monotonic(), len(inputs)
     for turn in range(-1, rounds):  # round -1 warms up and is not kept
-        for at, given in enumerate(inputs[:warm_up] if turn < 0 else inputs):
+        for at, given in enumerate(inputs[: warm_up if turn < 0 else used]):
+            if limit is not None and turn == 0 < at and time.monotonic() - begun > limit:
+                used = at
+                break
             shift = (turn + at) % len(names)
             for name in names[shift:] + names[:shift]:
                 with keep_stats(model, (counted or {}).get(name) if turn >= 0 else None):
                     spent = timed_call(arms[name], given)
                 if turn >= 0:
                     seconds[name][turn, at] = spent
-    return seconds
+    return {name: times[:, :used] for name, times in seconds.items()}
 
 
 def greedy_settings(model: SedacForCausalLM, max_new_tokens: int) -> dict[str, Any]:

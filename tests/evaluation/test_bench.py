@@ -14,6 +14,7 @@ from sedac_hf.evaluation.arms import Arm, base_arm, make_batches, mode_arm
 from sedac_hf.evaluation.bench import run_bench
 from sedac_hf.evaluation.bench_plan import BenchPlan
 from sedac_hf.modeling import SedacForCausalLM
+from tests.artefacts import issue
 from tests.tiny_models import build_tiny
 from tests.wrapping import wrap
 
@@ -196,11 +197,12 @@ def test_statistics_of_drafts_become_acceptance_and_tokens_a_pass(model, prompts
         drafts = {"drafted": 40, "accepted": 10, "passes": 9} if stats.tokens else {}
         return {**own(stats), **drafts}
 
-    plain = by_mode(run_bench(model, prompts, plan()))
-    assert plain["exact"]["acceptance"] is None
-    assert plain["exact"]["tokens_per_tail_pass"] == 1.0
-    assert plain["certified"]["exit_share"] == pytest.approx(5 / 6)
-    assert plain["certified"]["tokens_per_tail_pass"] == pytest.approx(6.0)
+    found = by_mode(run_bench(model, prompts, plan(modes=("certified", "plain"))))
+    assert found["plain"]["acceptance"] is None
+    assert found["plain"]["tokens_per_tail_pass"] == 1.0
+    # All but the first of six tokens leave, so they share the one pass through the tail.
+    assert found["certified"]["exit_share"] == pytest.approx(5 / 6)
+    assert found["certified"]["tokens_per_tail_pass"] == pytest.approx(6.0)
     monkeypatch.setattr(ExitStats, "to_dict", with_drafts)
     found = by_mode(run_bench(model, prompts, plan()))
     assert found["exact"]["acceptance"] == 0.25
@@ -242,19 +244,29 @@ def test_a_refused_mode_is_left_out_by_name(model, prompts, monkeypatch):
     assert "certified: the base has changed" in result.left_out
 
 
-def test_exits_that_are_off_are_noted(micro_model, prompts):
+def test_what_covers_the_exits_is_noted(micro_model, prompts):
     model = wrap(micro_model.model, {1: "lens"})
+    small = plan(modes=("certified", "exact"), tokens=2)
+
+    def notes(mode="certified"):
+        found = by_mode(run_bench(model, prompts, small))[mode]["notes"]
+        return [note for note in found if note.startswith("exits")]
+
+    assert notes() == ["exits act on thresholds that no certificate covers"]
+    assert notes("exact") == []
+    model.certificate = issue(model.cascade)
+    assert notes() == []
+    model.exits_off_reason = "another data type"
+    assert notes() == ["exits are off: another data type"]
     model.set_cascade(None)
-    found = by_mode(run_bench(model, prompts, plan()))
-    assert any("exits are off" in note for note in found["certified"]["notes"])
-    assert not any("exits are off" in note for note in found["exact"]["notes"])
+    assert notes() == ["exits are off: no policy is certified for this model"]
 
 
 def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
-    ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
+    ticks = SimpleNamespace(monotonic=count(0, 1000).__next__)
     monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
-    # The first cell took 10 s and ended after 30; of another one not even half would end in time.
-    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=45)
+    # Every look at the clock takes 1000 s. Of a second cell not even half would end in time.
+    wide = plan(groups=("chat", "code"), batches=(2, 4), modes=("off",), seconds=6500)
     result = run_bench(model, prompts, wide)
     assert {(row["group"], row["batch"]) for row in result.rows} == {("chat", 2)}
     assert [line for line in result.left_out if "no time left" in line] == [
@@ -265,10 +277,10 @@ def test_what_no_time_is_left_for_is_named(model, prompts, monkeypatch):
 
 
 def test_what_only_a_part_is_measured_of_is_named(model, prompts, monkeypatch):
-    ticks = SimpleNamespace(monotonic=count(0, 10).__next__)
+    ticks = SimpleNamespace(monotonic=count(0, 1000).__next__)
     monkeypatch.setattr("sedac_hf.evaluation.bench_budget.time", ticks)
-    # A batch took 5 s; when the second cell is begun, 7 s are left.
-    part = plan(groups=("chat", "code"), modes=("off",), seconds=47.6)
+    # A batch took 500 s; when the second cell is planned, 760 s are left.
+    part = plan(groups=("chat", "code"), modes=("off",), seconds=7760)
     result = run_bench(model, prompts, part)
     assert [row["prompts"] for row in result.rows] == [4, 2]
     assert "code at batch 2: 1 of 2 batches, no time left" in result.left_out

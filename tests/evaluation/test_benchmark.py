@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -94,6 +96,17 @@ def test_many_prompts_are_thinned_evenly(model, clock):
 def test_the_mode_is_the_models_own_unless_named(model, clock):
     assert benchmark(model, PROMPTS, mode="off", max_new_tokens=1, rounds=1).mode == "off"
     assert benchmark(model, PROMPTS, mode="plain", max_new_tokens=1, rounds=1).mode == "plain"
+
+
+def test_a_limit_ends_the_first_round_between_inputs(model, monkeypatch):
+    now = iter([0.0, 3.0, 6.0])  # at the start, before the second input, before the third
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=now.__next__))
+    monkeypatch.setattr(module, "timed_call", lambda arm, ids: arm(ids))
+    inputs = [torch.tensor([[i]]) for i in (5, 6, 7, 8)]
+    arms = {"a": lambda ids: float(ids), "b": lambda ids: 2.0 * float(ids)}
+    found = module.take_turns(model, arms, inputs, rounds=2, warm_up=1, limit=5.0)
+    assert found["a"].tolist() == [[5.0, 6.0], [5.0, 6.0]]
+    assert found["b"].tolist() == [[10.0, 12.0], [10.0, 12.0]]
 
 
 def test_bad_arguments_are_refused(model):

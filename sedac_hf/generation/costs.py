@@ -40,6 +40,10 @@ class Tally:
             self._sum = self._sum * self._keep + total
             self._weight = self._weight * self._keep + count
 
+    def scale(self, factor: float) -> None:
+        """Multiply the mean."""
+        self._sum *= factor
+
 
 class PassCosts:
     """Time of a pass by its number of nodes, linear between the numbers that were seen."""
@@ -72,13 +76,14 @@ class PassCosts:
         if nodes not in self._seen:
             self._seen[nodes] = Tally(self.of(nodes), 1.0, 0.9)
             self._sizes = sorted(self._seen)
+        own = self._seen[nodes]
         # A pass that something else held up says little of what passes take.
-        before = max(self._seen[nodes].value, 1e-9)
-        seconds = min(max(seconds, before / 3), 3 * before)
-        self._seen[nodes].add(seconds)
+        before = max(own.value, 1e-9)
+        own.add(min(max(seconds, before / 3), 3 * before))
+        moved = (own.value / before) ** 0.5
         for size, tally in self._seen.items():
             if size != nodes:
-                tally.add(0.1 * tally.value * seconds / before, 0.1)
+                tally.scale(moved)
 
     def to_dict(self) -> dict[int, float]:
         """Seconds by number of nodes."""

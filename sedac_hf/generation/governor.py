@@ -18,7 +18,7 @@ __all__ = ["Cycle", "Governor"]
 _DEEPEST = 8  # depths that are told apart
 _LONGEST = 4  # matched tokens of a lookup that are told apart
 _TRIAL = 12  # cycles that drafting is tried for before it is judged
-_PROBE = 4  # cycles of a later try
+_PROBE = 6  # cycles of a later try
 _FIRST_WAIT, _LONGEST_WAIT = 64, 1024  # cycles without drafts between tries
 # Drafting must promise this much more than doing without, since estimates are noisy.
 _MARGIN = 1.02
@@ -78,11 +78,7 @@ class Governor:
         self._tail = tail
         self._level = [Tally(level, 2.0, 0.9) for _ in range(most_levels)]
         self._off = (Tally(1.0, 8.0), Tally(self._full.of(1), 8.0))  # tokens, seconds a cycle
-        self._on = (Tally(1.0, 0.01), Tally(1.0, 0.01))
-        # Share of what the head gives a child that is accepted, once its parent is, by depth.
-        self._trust = [Tally(1.0, 20.0, 0.995) for _ in range(_DEEPEST + 1)]
-        # Share of accepted and expanded nodes one of whose children is accepted, by depth.
-        self._covered = [Tally(0.5, 4.0, 0.99) for _ in range(_DEEPEST + 1)]
+        self._start_over()
         guesses = {matched: 1 - 0.6**matched for matched in range(1, _LONGEST + 1)}
         self._found = {
             matched: [Tally(guess, 4.0, 0.99) for _ in range(_DEEPEST + 1)]
@@ -92,6 +88,14 @@ class Governor:
         self._cycles = self._tried = self._since_try = 0
         self._wait = _FIRST_WAIT
         self._left = _TRIAL if tail is not None else 0
+
+    def _start_over(self) -> None:
+        """Take nothing for granted of what the head is worth."""
+        self._on = (Tally(1.0, 0.01), Tally(1.0, 0.01))  # tokens, seconds a cycle
+        # Share of what the head gives a child that is accepted, once its parent is, by depth.
+        self._trust = [Tally(1.0, 20.0, 0.995) for _ in range(_DEEPEST + 1)]
+        # Share of accepted and expanded nodes one of whose children is accepted, by depth.
+        self._covered = [Tally(0.5, 4.0, 0.99) for _ in range(_DEEPEST + 1)]
 
     @property
     def rate(self) -> float:
@@ -140,6 +144,8 @@ class Governor:
         if self._since_try >= self._wait:
             self._since_try, self._left = 0, _PROBE - 1
             self._wait = min(2 * self._wait, _LONGEST_WAIT)
+            # Text changes: what was learned of the text before would keep the head from its try.
+            self._start_over()
             return Cycle(on=True)
         return Cycle()
 

@@ -1,0 +1,203 @@
+"""What the governor decides, against a simulated machine and a simulated exit."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from sedac_hf.generation.costs import PassCosts, Tally
+from sedac_hf.generation.draft_tree import DraftTree
+from sedac_hf.generation.governor import Governor
+
+SIZES = (1, 2, 4, 8, 16)
+
+
+def flat(nodes: int) -> float:
+    """A pass bound by memory: eight nodes for the price of one."""
+    return 10.0 if nodes <= 8 else 10.0 + 0.5 * (nodes - 8)
+
+
+def steep(nodes: int) -> float:
+    """A pass bound by arithmetic."""
+    return 4.0 + 6.0 * nodes
+
+
+@dataclass
+class Machine:
+    """Passes and levels that take what they take, and an exit that is right so often."""
+
+    cost: Callable[[int], float]
+    level: float
+    right: float  # the base says the exit's first choice
+    spent: float = 0.0
+    tokens: int = 0
+    drafted: list[bool] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    random: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def governor(self) -> Governor:
+        full = PassCosts({nodes: self.cost(nodes) for nodes in SIZES})
+        return Governor(full, full, self.level)
+
+    def cycle(self, governor: Governor) -> None:
+        """As the loop does it, the base agreeing with the first candidate so often."""
+        cycle, tree = governor.begin(), DraftTree(0, limit=8)
+        if cycle.on and governor.worth_a_level(0, 1.0, 0):
+            cycle.drafted = True
+            self._offer(tree, 0, governor)
+            cycle.levels.append(self.level)
+            while True:
+                level = len(cycle.levels)
+                promise = sum(tree.next_scores(governor.width))
+                if not governor.worth_a_level(level, promise, level):
+                    break
+                for node in tree.take(governor.width):
+                    self._offer(tree, node, governor)
+                cycle.levels.append(self.level)
+        least = len(tree)
+        tree.take(governor.most_nodes - least)
+        tree.cut(governor.best_size([tree.scores], least, cycle.drafted))
+        path = [0]
+        while self.random.random() < self.right:
+            child = tree.child(path[-1], 1)
+            if child is None:
+                break
+            path.append(child)
+        cycle.nodes, cycle.tokens = len(tree), len(path)
+        cycle.verify = self.cost(len(tree))
+        self.spent += cycle.verify + sum(cycle.levels)
+        self.tokens += len(path)
+        self.drafted.append(cycle.drafted)
+        self.sizes.append(len(tree))
+        governor.end(cycle, [tree], [path])
+
+    def _offer(self, tree: DraftTree, node: int, governor: Governor) -> None:
+        trust = governor.trust(tree.depths[node] + 1)
+        rest = (1 - self.right) / 4
+        chances = [self.right, rest, rest / 2, rest / 4]
+        tree.offer(node, [1, 2, 3, 4], [chance * trust for chance in chances])
+
+    def run(self, governor: Governor, cycles: int) -> float:
+        """Speed against doing without drafts, over these cycles alone."""
+        spent, tokens = self.spent, self.tokens
+        for _ in range(cycles):
+            self.cycle(governor)
+        return (self.tokens - tokens) * self.cost(1) / (self.spent - spent)
+
+
+@pytest.mark.parametrize(("right", "least"), [(0.5, 1.3), (0.8, 2.0)])
+def test_a_good_exit_pays_where_width_is_free(right: float, least: float) -> None:
+    machine = Machine(flat, 1.0, right)
+    governor = machine.governor()
+    assert machine.run(governor, 300) > least
+    assert governor.is_on
+    assert max(machine.sizes[100:]) > 3
+
+
+@pytest.mark.parametrize("cost", [flat, steep])
+def test_an_exit_that_is_never_right_costs_next_to_nothing(cost: Callable[[int], float]) -> None:
+    machine = Machine(cost, 1.0, 0.0)
+    governor = machine.governor()
+    machine.run(governor, 100)
+    assert not governor.is_on
+    assert machine.run(governor, 2000) > 0.98
+
+
+def test_a_fair_exit_is_left_alone_where_width_costs() -> None:
+    machine = Machine(steep, 8.0, 0.3)
+    governor = machine.governor()
+    machine.run(governor, 200)
+    assert machine.run(governor, 2000) > 0.98
+    assert sum(machine.drafted[200:]) < 200
+
+
+def test_it_is_tried_again_and_switched_on_when_text_gets_easy() -> None:
+    machine = Machine(flat, 1.0, 0.0)
+    governor = machine.governor()
+    machine.run(governor, 200)
+    assert not governor.is_on
+    machine.right = 0.8
+    machine.run(governor, 2000)
+    assert governor.is_on
+    assert machine.run(governor, 200) > 1.5
+
+
+def test_it_is_switched_off_when_text_gets_hard() -> None:
+    machine = Machine(flat, 3.0, 0.8)
+    governor = machine.governor()
+    machine.run(governor, 200)
+    assert governor.is_on
+    machine.right = 0.0
+    machine.run(governor, 300)
+    assert not governor.is_on
+
+
+def test_dear_levels_make_shallow_trees() -> None:
+    cheap, dear = Machine(flat, 0.2, 0.6), Machine(flat, 4.0, 0.6)
+    depths = []
+    for machine in (cheap, dear):
+        governor = machine.governor()
+        machine.run(governor, 200)
+        level = 0
+        while governor.worth_a_level(level, 0.6**level, level):
+            level += 1
+        depths.append(level)
+    assert depths[0] > depths[1]
+
+
+def test_sure_candidates_make_larger_trees() -> None:
+    governor = Machine(steep, 1.0, 0.5).governor()
+    sure, doubtful = [1.0, 0.9, 0.8, 0.7], [1.0, 0.2, 0.1, 0.05]
+    assert governor.best_size([sure], 1, drafted=True) > 1
+    assert governor.best_size([doubtful], 1, drafted=True) == 1
+    assert governor.best_size([doubtful], 3, drafted=True) == 3
+
+
+def test_what_is_found_in_the_text_is_believed_by_how_often_it_was_right() -> None:
+    governor = Governor(PassCosts({1: 10.0, 8: 10.0}))
+    before = governor.found_scores(3, 4)
+    for _ in range(50):
+        cycle, tree = governor.begin(), DraftTree(0, limit=8)
+        tree.offer_path([5, 6], governor.found_scores(3, 2), 3)
+        nodes = tree.take(8)
+        governor.end(cycle, [tree], [[0, nodes[0]]])
+    after = governor.found_scores(3, 4)
+    assert after[0] > before[0]
+    assert after[1] < before[1] / 2
+    assert governor.found_scores(2, 1)[0] < before[0]
+
+
+def test_without_a_head_there_is_nothing_to_try() -> None:
+    governor = Governor(PassCosts({1: 10.0}))
+    assert not any(governor.begin().on for _ in range(200))
+
+
+def test_costs_lie_between_those_that_were_seen() -> None:
+    costs = PassCosts({1: 10.0, 4: 16.0, 8: 16.0})
+    assert [costs.of(n) for n in (1, 2, 4, 6, 8)] == [10.0, 12.0, 16.0, 16.0, 16.0]
+    assert costs.of(16) == 16.0
+    steep_end = PassCosts({1: 10.0, 2: 12.0})
+    assert steep_end.of(4) == 16.0
+    assert PassCosts({4: 3.0}).of(9) == 3.0
+
+
+def test_one_hiccup_moves_no_cost_far_and_all_follow_a_slow_machine() -> None:
+    costs = PassCosts({1: 10.0, 8: 10.0})
+    costs.add(8, 1000.0)
+    assert costs.of(8) < 16
+    for _ in range(60):
+        costs.add(8, 20.0)
+    assert costs.of(8) == pytest.approx(20, rel=0.05)
+    assert costs.of(1) == pytest.approx(10 * 2**0.5, rel=0.05)
+
+
+def test_a_tally_forgets_its_guess() -> None:
+    tally = Tally(0.9, 4.0)
+    for _ in range(200):
+        tally.add(0.0)
+    assert tally.value < 0.01
+    tally.add(5.0, 0.0)
+    assert tally.value < 0.01

@@ -237,6 +237,7 @@ def run_evaluation(
     """Load a model and measure it; see `sedac eval --help`."""
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist.")
+    mode = mode or "certified"  # in exact mode perplexity is the base's own
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))

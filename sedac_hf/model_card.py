@@ -263,6 +263,11 @@ def _fit_lines(fit: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("time", _with_parts(fit["seconds"], _duration)))
     if fit.get("tokens"):
         lines.append(("tokens", f"{fit['tokens']:,}"))
+    written = fit.get("written_tokens") or 0
+    if fit.get("train_tokens"):
+        other = fit["tokens"] - written if written else 0
+        given = f", {other:,} of them of further texts used for nothing else" if other else ""
+        lines.append(("tokens for heads", f"{fit['train_tokens']:,}{given}"))
     if fit.get("documents"):
         lines.append(("documents", _with_parts(fit["documents"], "{:,}".format)))
     lines.append(("texts", _texts({"fit": fit})))

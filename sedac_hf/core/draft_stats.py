@@ -103,8 +103,11 @@ class DraftStats:
         with self._lock:
             return {
                 "passes": self._passes,
+                "row_passes": self._row_passes,
                 "tokens": self._tokens,
                 "tokens_per_pass": tokens_per_pass,
+                "offered": self._offered.total(),
+                "accepted": self._accepted.total(),
                 "acceptance_by_depth": acceptance,
                 "passes_by_nodes": dict(sorted(self._nodes.items())),
                 "passes_by_levels": dict(sorted(self._levels.items())),

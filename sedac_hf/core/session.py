@@ -126,13 +126,13 @@ class ExitStats:
                 self._tries[layer] += count
 
     def add_tails(self, tails: int) -> None:
-        """Count tails that were run for settled exits, each for one token a row or several."""
+        """Count tails of rows that were run for settled exits, each for one token or several."""
         with self._lock:
             self._tails += tails
 
     @property
     def tails(self) -> int:
-        """Tails that were run for settled exits."""
+        """Tails that were run for settled exits, summed over rows."""
         return self._tails
 
     @property
@@ -216,7 +216,7 @@ class ExitSession:
         prompt_length: Positions before the first generated token; None until it is known.
         eos_tokens: Ids that end a row, or None.
         settles: Whether the tail of an exited token is run later, so that K/V are the base's own.
-        tails: Tails run for settled exits, one or several tokens at a time.
+        tails: Tails run for settled exits, row by row, each for one token or several.
         drafted: Figures of a call in exact mode, None in other modes.
         origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
             draft, else `"base"`. Exact mode only.

@@ -98,14 +98,15 @@ def _speed(label: str, cell: Measured, other: str, name: str, seed: int) -> dict
 
 def _exits(counts: Mapping[str, Any]) -> dict[str, Any]:
     """Acceptance of drafts and depth, as far as the mode counts them."""
-    drafted, tokens = counts.get("drafted") or 0, counts.get("tokens") or 0
-    # Where passes are not counted, each token that did not leave took one of its own.
+    tokens = counts.get("tokens") or 0
     left = sum(counts.get("exits_by_layer", {}).values())
-    passes = counts.get("passes", tokens - left)
-    shared = tokens / passes if passes else None
+    drafts = counts.get("drafts") or {}
+    offered = drafts.get("offered")
+    # Where tails are not counted, each token that did not leave took one of its own.
+    tails = drafts.get("row_passes") or counts.get("tails") or tokens - left
     return {
-        "acceptance": counts["accepted"] / drafted if drafted else None,
-        "tokens_per_tail_pass": shared if tokens else 1.0,
+        "acceptance": drafts["accepted"] / offered if offered else None,
+        "tokens_per_tail_pass": tokens / tails if tails else 1.0,
         "exit_share": left / tokens if tokens else 0.0,
     }
 

@@ -78,7 +78,7 @@ class SettleLoop:
         self._open = OpenNodes(run, state, self._stops, self._queues)
         self._tokens = np.zeros(state.rows, np.int64)
         self._outputs: list[Tensor] | None = [] if keeps_states else None
-        self.tails = 0  # times that the last layer was run
+        self.tails = 0  # times that the last layer was run for a row
 
     def decode(self, logits: Tensor) -> None:
         """Go on until every row has stopped.
@@ -128,7 +128,7 @@ class SettleLoop:
     def _finish(self) -> Tensor:
         hidden = self._open.advance(self._parts.shell.num_layers)
         self._open.close()
-        self.tails += 1
+        self.tails += int((~self._texts.done).sum())
         return hidden
 
     def _choose(self, logits: Tensor, record: StepRecord) -> None:

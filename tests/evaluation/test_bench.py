@@ -194,7 +194,9 @@ def test_statistics_of_drafts_become_acceptance_and_tokens_a_pass(model, prompts
     own = ExitStats.to_dict
 
     def with_drafts(stats):
-        drafts = {"drafted": 40, "accepted": 10, "passes": 9} if stats.tokens else {}
+        drafts = (
+            {"drafts": {"offered": 40, "accepted": 10, "row_passes": 9}} if stats.tokens else {}
+        )
         return {**own(stats), **drafts}
 
     found = by_mode(run_bench(model, prompts, plan(modes=("certified", "plain"))))

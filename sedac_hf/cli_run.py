@@ -87,6 +87,7 @@ def run_generate(
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))
+        mode = mode or "certified"
     seed_everything(seed)
     inputs = encode_prompt(loaded, text, system=system, raw=raw)
     sampling: dict[str, Any] = dict(GREEDY)
@@ -240,6 +241,8 @@ def run_evaluation(
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))
+    if mode is None and "certified" not in loaded.model.refused_modes:
+        mode = "certified"  # in exact mode there is no perplexity to measure
     seed_everything(seed)
     texts, origin = documents_for(loaded, data, documents, seed=seed, screen=screen)
     timing = Timing(max_new_tokens, rounds, prompts) if speed else None

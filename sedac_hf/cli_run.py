@@ -87,6 +87,7 @@ def run_generate(
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))
+        mode = mode or "certified"
     seed_everything(seed)
     inputs = encode_prompt(loaded, text, system=system, raw=raw)
     sampling: dict[str, Any] = dict(GREEDY)
@@ -237,10 +238,11 @@ def run_evaluation(
     """Load a model and measure it; see `sedac eval --help`."""
     if output is not None and not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist.")
-    mode = mode or "certified"  # in exact mode perplexity is the base's own
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))
+    if mode is None and "certified" not in loaded.model.refused_modes:
+        mode = "certified"  # in exact mode there is no perplexity to measure
     seed_everything(seed)
     texts, origin = documents_for(loaded, data, documents, seed=seed, screen=screen)
     timing = Timing(max_new_tokens, rounds, prompts) if speed else None

@@ -63,6 +63,7 @@ def test_chain_words_leave_early_and_perplexity_hardly_rises(
 ) -> None:
     output, _ = fitted
     options = ("--raw", "--max-new-tokens", 96, "--temperature", 1, "--trace", "--json", "-q")
+    options = (*options, "--mode", "certified")
     values = json.loads(sedac("generate", output, "k1a k1b k1c k1d k1e", *options).stdout)
     assert values["exit_share"] > 0.1
     assert values["mean_depth"] < NUM_LAYERS

@@ -247,8 +247,6 @@ class FitRun:
             progress=self.progress,
         )
         model.set_cascade(certificate.policy.cascade if certificate.policy else None)
-        # Certified or not, drafts of these heads change nothing about the output.
-        model.config.mode = "exact"
         model.certificate = certificate
         self.report.certificate = certificate.to_dict()
         self._stage("certify")

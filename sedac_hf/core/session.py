@@ -165,8 +165,8 @@ class ExitStats:
             return self._layers_run / self._tokens if self._tokens else float(self.depth)
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures as JSON values."""
-        return {
+        """All figures as JSON values; those of drafts where exact mode was used."""
+        figures: dict[str, Any] = {
             "tokens": self.tokens,
             "depth": self.depth,
             "mean_depth": self.mean_depth,
@@ -174,8 +174,10 @@ class ExitStats:
             "exits_by_layer": self.exits_by_layer,
             "tries_by_layer": self.tries_by_layer,
             "tails": self.tails,
-            "drafts": self.drafts.to_dict(),
         }
+        if self.drafts.passes or self.drafts.reason:
+            figures["drafts"] = self.drafts.to_dict()
+        return figures
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the lock out: it cannot be copied."""

@@ -70,6 +70,7 @@ def test_what_is_deployed_is_what_the_certificate_says(
     assert (model.cascade is None) == (report.certificate["accepted"] == 0)
     again = SedacForCausalLM.from_pretrained(output, base_model=micro_model.model)
     assert again.cascade == model.cascade
+    assert (model.config.mode, again.config.mode) == ("exact", "exact")
     ids = torch.tensor([d.ids[:20] for d in micro_model.language.documents(4, seed=6)])
     runs = [
         m.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0) for m in (model, again)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -19,6 +23,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from sedac_hf.cli_trace import TraceStreamer, legend
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.generation.costs import PassCosts
@@ -428,3 +433,64 @@ def test_what_is_not_a_number_is_never_accepted_as_a_draft(
     else:
         assert set(found[0, 10:].tolist()) == {7}  # as argmax has it, in the base too
     assert max(kept) == 1 if where == "base" else kept
+
+
+def test_what_became_of_drafts_is_told(llama: PreTrainedModel) -> None:
+    model = knowing(llama)
+    given = padded(2)
+    values = {**GREEDY, "eos_token_id": None, "return_dict_in_generate": True}
+    output = model.generate(**given, **values, **EXACT)
+    told = output.drafts
+    assert told["tokens"] == 2 * (NEW - 1)  # the first comes with the prompt
+    assert told["tokens_per_pass"] > 1.5
+    assert sum(told["passes_by_nodes"].values()) == told["passes"]
+    assert sum(told["passes_by_levels"].values()) == told["passes"]
+    assert told["acceptance_by_depth"][0] > 0.5
+    assert sum(told["accepted_by_source"].values()) <= told["tokens"]
+    assert told["reason_without_drafts"] == ""
+    assert (output.exit_layers == LAYERS).all()
+    assert output.exit_layers.shape == (2, NEW)
+    stats = model.exit_stats
+    assert stats.tokens == 2 * NEW
+    assert stats.to_dict()["drafts"] == told
+    assert "tokens per verification" in str(stats)
+    model.generate(**given, **values, **EXACT)
+    assert stats.drafts.passes == 2 * told["passes"]
+    stats.reset()
+    assert "drafts" not in stats.to_dict()
+
+
+def test_why_there_were_no_drafts_is_told(llama: PreTrainedModel) -> None:
+    model = knowing(llama)
+    given = padded(2)
+    given["attention_mask"][0, 4] = 0
+    output = model.generate(**given, **GREEDY, return_dict_in_generate=True, **EXACT)
+    assert "more than padding on the left" in output.drafts["reason_without_drafts"]
+    assert "more than padding" in model.exit_stats.drafts.reason
+
+
+def test_threads_draft_side_by_side(llama: PreTrainedModel) -> None:
+    model = knowing(llama)
+    given = [padded(rows) for rows in (1, 2, 3, 4)]
+    expected = [llama.generate(**each, **GREEDY) for each in given]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda each: model.generate(**each, **GREEDY, **EXACT), given * 2))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected * 2, strict=True))
+
+
+def test_accepted_drafts_have_colours_of_their_own(llama: PreTrainedModel) -> None:
+    model = knowing(llama)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, color_system="truecolor", width=200)
+    words: Any = SimpleNamespace(decode=lambda ids, **_: "".join(f"{token} " for token in ids))
+    streamer = TraceStreamer(model, words, console)
+    output = model.generate(
+        **padded(1), **GREEDY, return_dict_in_generate=True, streamer=streamer, **EXACT
+    )
+    drafts = [token.draft for token in streamer.tokens]
+    assert drafts.count("head") == output.drafts["accepted_by_source"]["head"] > 0
+    assert drafts[0] is None
+    assert "\x1b[1;36m" in written.getvalue()
+    line = legend(streamer.layers, [LAYERS - 2], LAYERS, drafts).plain
+    assert f"drafted by an exit: {drafts.count('head')}" in line
+    assert f"the base alone: {drafts.count(None)}" in line

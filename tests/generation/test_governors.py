@@ -1,0 +1,117 @@
+"""Costs are measured once for each batch size and head, and heads take turns until one is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.generation import governors as module
+from sedac_hf.generation.governor import Governor
+from sedac_hf.generation.governors import Governors
+from sedac_hf.modeling import SedacForCausalLM
+from tests.tiny_models import prompt
+from tests.wrapping import wrap
+
+VALUES: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+
+
+class Clock:
+    """Advances by what the last pass is said to take."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_node: float) -> None:
+        self.now = 0.0
+        run = ModulePass.logits
+        self.passes = 0
+
+        def logits(run_pass: ModulePass, hidden: Tensor) -> Tensor:
+            self.now += 1.0 + per_node * hidden.shape[1]
+            self.passes += 1
+            return run(run_pass, hidden)
+
+        monkeypatch.setattr(ModulePass, "logits", logits)
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def governed(
+    model: SedacForCausalLM, clock: Clock, monkeypatch: pytest.MonkeyPatch, rows: int = 1
+) -> Governor:
+    """The governor of a call of `generate`."""
+    seen: list[Governor] = []
+    find = Governors.find
+
+    def noted(self: Any, run: Any, depth: Any, state: Any, head: Any) -> Governor:
+        seen.append(find(self, run, depth, state, head, clock))
+        return seen[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Governors, "find", noted)
+        model.generate(prompt(rows, 5), **VALUES, sedac_mode="exact")
+    return seen[0]
+
+
+def test_costs_are_measured_at_first_use_only(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrap(llama, {-1: "feedback"})
+    clock = Clock(monkeypatch, 0.01)
+    first = governed(model, clock, monkeypatch)
+    used = clock.passes
+    assert governed(model, clock, monkeypatch) is first
+    assert clock.passes - used <= VALUES["max_new_tokens"]
+    assert governed(model, clock, monkeypatch, rows=2) is not first
+    (one, two) = model.assembly.governors.to_dict()
+    assert (one["batch"], two["batch"], one["head"]) == (1, 2, 0)
+    assert {1, 2, 4, 8, 16} <= set(one["pass_ms"])
+    assert one["pass_ms"] == one["tail_ms"]
+
+
+def test_passes_that_will_not_pay_are_not_measured(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch, 3.0)
+    taken: list[dict[int, float]] = []
+    measure = module.measure_passes
+
+    def noted(*args: Any) -> dict[int, float]:
+        taken.append(measure(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(module, "measure_passes", noted)
+    governed(wrap(llama, {-1: "feedback"}), clock, monkeypatch)
+    assert taken == [{1: 4.0, 2: 7.0, 4: 13.0}]
+
+
+def test_measuring_leaves_no_trace_in_the_text(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrap(llama, {1: "block"})
+    clock = Clock(monkeypatch, 0.01)
+    expected = llama.generate(prompt(2, 5), **VALUES)
+    for _ in range(2):
+        governed(model, clock, monkeypatch, rows=2)
+        found = model.generate(prompt(2, 5), **VALUES, sedac_mode="exact")
+        assert torch.equal(found, expected)
+
+
+def test_every_head_is_tried_and_the_fastest_serves(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = wrap(llama, {0: "block", 2: "block"})
+    clock = Clock(monkeypatch, 0.01)
+    governors = model.assembly.governors
+    served = []
+    for _ in range(12):
+        served.append(governors.pick_head(1, 2))
+        governed(model, clock, monkeypatch)
+    assert set(served) == {0, 1}
+    known = governors.to_dict()
+    best = max(known, key=lambda each: each["rate_drafting"])
+    assert governors.pick_head(1, 2) == best["head"]
+    assert governors.pick_head(1, 0) is None

@@ -99,23 +99,25 @@ impl RowCache {
     /// the places from 0 on; places behind them are left as they are.
     ///
     /// # Errors
-    /// [`CoreError::Value`] if the layer does not exist, an address is not aligned, or the slots are
-    /// not there.
+    /// [`CoreError::Value`] if the layer does not exist, an address is not aligned, or there are more
+    /// slots than places.
     ///
     /// # Safety
     /// Both tensors must be writable, by nobody else.
     pub unsafe fn store(
-        &self,
+        &mut self,
         layer: usize,
         from: usize,
         length: &[usize],
         outside: Outside,
     ) -> Result<()> {
         self.check(layer, outside)?;
+        // Slots that were never written are zeros.
+        self.reserve(layer..layer + 1, length);
         for (row, &length) in length.iter().enumerate() {
             let count = length.saturating_sub(from);
-            if count > outside.slots || length > self.chunks(layer, row).len() * CHUNK {
-                return Err(CoreError::value("length", "within what the cache holds", length as f64));
+            if count > outside.slots {
+                return Err(CoreError::value("length", "within the places", length as f64));
             }
             // SAFETY: passed on.
             by_float!(self.float(), E => unsafe {

@@ -161,7 +161,7 @@ impl KvCache {
     /// Gives slots `first` to `length[row] - 1` of a layer to such tensors.
     #[allow(clippy::too_many_arguments)]
     fn store(
-        &self,
+        &mut self,
         py: Python<'_>,
         layer: usize,
         first: usize,
@@ -173,8 +173,9 @@ impl KvCache {
         let length = counts(&length, "length")?;
         check_length("length", length.len(), self.0.rows(), "the rows of the cache")?;
         let outside = Outside { keys, values, slots };
+        let cache = &mut self.0;
         // SAFETY: as for `load`.
-        Ok(py.detach(|| unsafe { self.0.store(layer, first, &length, outside) })?)
+        Ok(py.detach(|| unsafe { cache.store(layer, first, &length, outside) })?)
     }
 
     /// Moves K and V of accepted nodes together.

@@ -201,8 +201,13 @@ impl Tile<'_> {
         // left of a row behind its whole steps is copied out first.
         unsafe {
             let mut sums = [[L::splat(0.0); T]; R];
+            // The tile behind this one, which the processor does not see coming in time.
+            let next = weights[0].wrapping_add(R * columns);
             let mut at = 0;
             while at < whole {
+                for r in 0..R {
+                    L::prefetch(next.wrapping_add(at * R + r * STEP).cast());
+                }
                 step::<L, E, R, T>(&weights, &inputs, at, at, &mut sums);
                 at += STEP;
             }

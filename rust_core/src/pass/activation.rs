@@ -1,5 +1,7 @@
 //! Exponentials and the gates made of them: the same bits with every kernel.
 
+use super::kernel::Kernel;
+
 /// What the gate's output goes through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -11,7 +13,23 @@ pub enum Activation {
 
 impl Activation {
     /// Replaces each gate by `activation(gate) * up`.
-    pub fn gate(self, gates: &mut [f32], ups: &[f32]) {
+    pub fn gate(self, kernel: Kernel, gates: &mut [f32], ups: &[f32]) {
+        match kernel {
+            Kernel::Scalar => self.gate_all(gates, ups),
+            // SAFETY: `Kernel::Avx2` is only made where the processor has it.
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx2 => unsafe { self.gate_avx2(gates, ups) },
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2")]
+    fn gate_avx2(self, gates: &mut [f32], ups: &[f32]) {
+        self.gate_all(gates, ups);
+    }
+
+    #[inline(always)]
+    fn gate_all(self, gates: &mut [f32], ups: &[f32]) {
         match self {
             Self::Silu => {
                 for (gate, up) in gates.iter_mut().zip(ups) {

@@ -10,9 +10,13 @@ use super::float::{Element, STEP, by_float};
 use super::kernel::Kernel;
 use super::panel::Panel;
 use super::shared::Shared;
+use super::softmax::softmax;
 
 /// Keys that are summed before blocks are joined.
 pub const BLOCK: usize = 256;
+
+/// Slots whose values are read at a time, so that they stay close by; divides `CHUNK`.
+const RUN: usize = 64;
 
 /// Where the nodes of a call stand; see `RowPass` on the Python side.
 #[derive(Debug, Clone)]
@@ -155,8 +159,9 @@ impl Item<'_> {
                 let own_number = settled + seen.len();
                 let hidden = self.how.window.map_or(0, |w| own_number.saturating_sub(w));
                 let hidden = hidden.saturating_sub(low).min(count);
-                let (greatest, total) = self.softmax(&mut own_weights[..count], hidden);
-                bounds.push((greatest, total));
+                let (scaling, cap) = (self.how.scaling, self.how.softcap);
+                let own_weights = &mut own_weights[..count];
+                bounds.push(softmax(self.kernel, own_weights, hidden, scaling, cap));
             }
             self.settled_values::<E>(shape, slots.clone(), weights, sums);
             for query in 0..queries {
@@ -231,30 +236,6 @@ impl Item<'_> {
         stride
     }
 
-    /// Turns scores into weights in place, the first `hidden` into zeros; returns the greatest score
-    /// and the sum of the weights.
-    fn softmax(&self, scores: &mut [f32], hidden: usize) -> (f32, f32) {
-        let (hidden, scores) = scores.split_at_mut(hidden);
-        hidden.fill(0.0);
-        let mut greatest = f32::NEG_INFINITY;
-        for score in scores.iter_mut() {
-            *score *= self.how.scaling;
-            if let Some(cap) = self.how.softcap {
-                *score = (*score / cap).tanh() * cap;
-            }
-            greatest = greatest.max(*score);
-        }
-        for score in scores.iter_mut() {
-            *score = exp(*score - greatest);
-        }
-        // Lanes go by number within the block, so that the order does not depend on the window.
-        let mut lanes = [0.0_f32; 8];
-        for (index, weight) in scores.iter().enumerate() {
-            lanes[(index + hidden.len()) % 8] += weight;
-        }
-        (greatest, lanes.iter().sum())
-    }
-
     /// Adds the values of settled slots.
     unsafe fn settled_values<E: Element>(
         &self,
@@ -266,7 +247,7 @@ impl Item<'_> {
         let chunks = self.chunks();
         let mut slot = slots.start;
         while slot < slots.end {
-            let stop = slots.end.min((slot / CHUNK + 1) * CHUNK);
+            let stop = slots.end.min((slot / RUN + 1) * RUN);
             for step in 0..shape.padded() / STEP {
                 let values = chunks[slot / CHUNK].values::<E>(shape, self.head, slot % CHUNK);
                 let work = Panel {

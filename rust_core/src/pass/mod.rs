@@ -20,6 +20,7 @@ mod panel;
 mod run;
 pub mod shared;
 pub mod slots;
+pub mod softmax;
 pub mod stack;
 pub mod team;
 pub mod threads;

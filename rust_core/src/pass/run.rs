@@ -252,7 +252,7 @@ impl Call<'_> {
                 }
             }
         }
-        layer.activation.gate(gates, ups);
+        layer.activation.gate(self.kernel(), gates, ups);
         for (token, gated) in gates.chunks_exact(each).enumerate() {
             // SAFETY: each thread has rows of its own, which nobody reads before the barrier.
             let part = unsafe { self.buffers.inner.part(token * inner + rows.start, each) };

@@ -276,23 +276,30 @@ impl Item<'_> {
         sums: &mut [f32],
     ) {
         let chunks = self.chunks();
-        for (index, node) in nodes.iter().enumerate() {
-            let slot = self.at.length[self.row] + node;
+        let mut index = 0;
+        while index < nodes.len() {
+            // Neighbouring nodes of one chunk go together, as in a chain.
+            let slot = self.at.length[self.row] + nodes[index];
+            let room = (CHUNK - slot % CHUNK).min(nodes.len() - index);
+            let steps = (1..room)
+                .find(|&i| nodes[index + i] != nodes[index] + i)
+                .unwrap_or(room);
             let values = chunks[slot / CHUNK].values::<E>(shape, self.head, slot % CHUNK);
             for step in 0..shape.padded() / STEP {
                 let work = Panel {
                     factors: weights[index..].as_ptr(),
                     factor_stride: 0,
                     panel: values.wrapping_add(step * STEP).cast_const(),
-                    panel_stride: 0,
-                    steps: 1,
+                    panel_stride: shape.padded(),
+                    steps,
                     sums: sums[step * STEP..].as_mut_ptr(),
                     sum_stride: 0,
                     queries: 1,
                 };
-                // SAFETY: one slot of a chunk, one factor, sixteen sums.
+                // SAFETY: slots of one chunk, as many factors, sixteen sums.
                 unsafe { work.run(self.kernel) };
             }
+            index += steps;
         }
     }
 

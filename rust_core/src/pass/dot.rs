@@ -47,6 +47,7 @@ impl Inputs {
     }
 
     /// Puts the numbers of one token in place.
+    #[inline(always)]
     pub fn set(&mut self, token: usize, values: &[f32]) {
         debug_assert_eq!(values.len(), self.columns);
         let row = &mut self.values[token * self.padded..][..self.padded];
@@ -139,6 +140,12 @@ fn tile_shape(tokens: usize) -> (usize, usize) {
     }
 }
 
+/// Bytes of inputs that are worked on at a time, so that they stay in the first cache.
+const NEAR: usize = 20 << 10;
+
+/// Rows that share a stretch of inputs before the next stretch is taken.
+const GROUP: usize = 24;
+
 #[inline(always)]
 unsafe fn all_rows<L: Lanes, E: Element>(
     m: &Matrix,
@@ -147,10 +154,45 @@ unsafe fn all_rows<L: Lanes, E: Element>(
     out: Output<'_>,
 ) {
     let tokens = inputs.tokens();
+    let all = inputs.padded;
+    let near = (NEAR / (4 * tokens) / STEP * STEP).max(STEP);
+    // SAFETY: passed on from `product`.
+    unsafe {
+        if all <= near + near / 2 {
+            let mut none = [];
+            return group::<L, E>(m, rows, inputs, out, 0..all, &mut none);
+        }
+        let mut sums = vec![0.0; GROUP * tokens * 8];
+        let mut row = rows.start;
+        while row < rows.end {
+            let some = row..(row + GROUP).min(rows.end);
+            let mut from = 0;
+            while from < all {
+                let stretch = from..(from + near).min(all);
+                group::<L, E>(m, some.clone(), inputs, out, stretch, &mut sums);
+                from += near;
+            }
+            row += GROUP;
+        }
+    }
+}
+
+/// Some rows with all tokens, over a stretch of columns; between stretches, sums wait in `sums`.
+#[inline(always)]
+unsafe fn group<L: Lanes, E: Element>(
+    m: &Matrix,
+    rows: Range<usize>,
+    inputs: &Inputs,
+    out: Output<'_>,
+    columns: Range<usize>,
+    sums: &mut [f32],
+) {
+    let tokens = inputs.tokens();
     let (most_rows, most_tokens) = tile_shape(tokens);
     let tiles = tokens.div_ceil(most_tokens);
     let mut row = rows.start;
-    // SAFETY: every tile lies within the rows and tokens that `product` has checked.
+    // SAFETY: every tile lies within the rows and tokens that `product` has checked, and its sums
+    // within `sums`, which has room for all tokens of a group.
     unsafe {
         while row < rows.end {
             let taken = (rows.end - row).min(most_rows);
@@ -158,7 +200,10 @@ unsafe fn all_rows<L: Lanes, E: Element>(
                 // Tokens are dealt out evenly: a tile of one costs nearly as much as one of three.
                 let token = tile * tokens / tiles;
                 let some = (tile + 1) * tokens / tiles - token;
-                let tile = Tile { m, inputs, out, row, token };
+                let place = ((row - rows.start) * tokens + token * taken) * 8;
+                let kept = sums.as_mut_ptr().wrapping_add(place);
+                let columns = columns.clone();
+                let tile = Tile { m, inputs, out, row, token, columns, kept };
                 match (taken, some) {
                     (4, _) => tile.run::<L, E, 4, 1>(),
                     (3, 1) => tile.run::<L, E, 3, 1>(),
@@ -179,12 +224,17 @@ unsafe fn all_rows<L: Lanes, E: Element>(
     }
 }
 
+/// Some rows by some tokens, over a stretch of columns.
 struct Tile<'a> {
     m: &'a Matrix,
     inputs: &'a Inputs,
     out: Output<'a>,
     row: usize,
     token: usize,
+    /// Padded columns; a stretch that does not end the row is of whole steps.
+    columns: Range<usize>,
+    /// Where the sums wait between stretches; not used where there is only one.
+    kept: *mut f32,
 }
 
 impl Tile<'_> {
@@ -192,24 +242,34 @@ impl Tile<'_> {
     #[inline(always)]
     unsafe fn run<L: Lanes, E: Element, const R: usize, const T: usize>(&self) {
         let columns = self.m.columns();
-        let whole = columns / STEP * STEP;
-        let weights: [*const E; R] = std::array::from_fn(|r| self.m.row(self.row + r));
         let padded = self.inputs.padded;
+        let whole = (columns / STEP * STEP).min(self.columns.end);
+        let weights: [*const E; R] = std::array::from_fn(|r| self.m.row(self.row + r));
         let first = self.inputs.values[self.token * padded..][..T * padded].as_ptr();
         let inputs: [*const f32; T] = std::array::from_fn(|t| first.wrapping_add(t * padded));
         // SAFETY: all reads stay within `R` rows of the matrix and `T` rows of the inputs; what is
-        // left of a row behind its whole steps is copied out first.
+        // left of a row behind its whole steps is copied out first. Sums that wait are our own.
         unsafe {
             let mut sums = [[L::splat(0.0); T]; R];
-            // The tile behind this one, which the processor does not see coming in time.
-            let next = weights[0].wrapping_add(R * columns);
-            let mut at = 0;
+            if self.columns.start > 0 {
+                for (i, sum) in sums.as_flattened_mut().iter_mut().enumerate() {
+                    *sum = L::load(self.kept.add(8 * i));
+                }
+            }
+            let mut at = self.columns.start;
             while at < whole {
-                for r in 0..R {
-                    L::prefetch(next.wrapping_add(at * R + r * STEP).cast());
+                // The tile behind this one, which the processor does not see coming in time.
+                for weights in weights {
+                    L::prefetch(weights.wrapping_add(R * columns + at).cast());
                 }
                 step::<L, E, R, T>(&weights, &inputs, at, at, &mut sums);
                 at += STEP;
+            }
+            if self.columns.end < padded {
+                for (i, sum) in sums.as_flattened().iter().enumerate() {
+                    sum.store(self.kept.add(8 * i));
+                }
+                return;
             }
             if whole < columns {
                 let mut tails = [[E::default(); STEP]; R];

@@ -9,8 +9,8 @@ use super::team::Team;
 use super::threads;
 use crate::error::{Result, check_length};
 
-/// Rows of the output layer that are dealt out at a time.
-const GRAIN: usize = 192;
+/// Fewest rows of the output layer that are dealt out at a time.
+const GRAIN: usize = 48;
 
 /// The end of a model.
 #[derive(Debug)]

@@ -20,8 +20,8 @@ use super::team::{Stopped, Team};
 use super::threads;
 use crate::error::Result;
 
-/// Rows of a matrix that are dealt out at a time, some 50 KB of weights.
-const GRAIN: usize = 48;
+/// Fewest rows of a matrix that are dealt out at a time: whole tiles of any shape.
+const GRAIN: usize = 12;
 
 /// Divisor of the norm that exit heads put before their mix.
 const MIX_EPS: f32 = 1e-6;
@@ -162,7 +162,7 @@ impl Call<'_> {
         self.pack(own, layer.norms.before_mlp.as_ref(), layer.float());
         let inner = layer.gate.matrix.rows();
         let Own { inputs, product: scratch, .. } = own;
-        team.share(inner, GRAIN / 2, |rows| self.gates(layer, rows, inputs, scratch));
+        team.share(inner, GRAIN, |rows| self.gates(layer, rows, inputs, scratch));
         team.wait()?;
         own.inputs.reset(self.count, inner, layer.float());
         // SAFETY: everybody has passed the barrier behind the gates.

@@ -89,7 +89,8 @@ impl<'a> Team<'a> {
         if all.stopped.load(Ordering::Acquire) { Err(Stopped) } else { Ok(()) }
     }
 
-    /// Deals out `items` in ranges of `grain` to whoever comes. Does not wait for the others.
+    /// Deals out `items` in ranges that are multiples of `grain`, large ones first, to whoever
+    /// comes. Does not wait for the others.
     pub fn share(&self, items: usize, grain: usize, mut work: impl FnMut(Range<usize>)) {
         let all = self.rendezvous;
         let turn = self.shares.replace(self.shares.get() + 1);
@@ -98,12 +99,17 @@ impl<'a> Team<'a> {
         }
         let counter = &all.counters[turn];
         loop {
-            let start = counter.fetch_add(grain, Ordering::Relaxed);
-            if start >= items {
-                return;
-            }
-            work(start..(start + grain).min(items));
+            let taken = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |start| {
+                (start < items).then(|| start + self.portion(items - start, grain))
+            });
+            let Ok(start) = taken else { return };
+            work(start..(start + self.portion(items - start, grain)).min(items));
         }
+    }
+
+    /// What one thread takes when `left` items are left: less and less, so that all end together.
+    fn portion(&self, left: usize, grain: usize) -> usize {
+        (left / (2 * self.rendezvous.size) / grain).max(1) * grain
     }
 
     /// How many threads there are.

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["append_slots", "load_layer"]
 
 
-def load_layer(
-    own: _core.KvCache, i: int, layer: Any, length: int, dtype: torch.dtype
-) -> None:
+def load_layer(own: _core.KvCache, i: int, layer: Any, length: int, dtype: torch.dtype) -> None:
     """Take over one layer.
 
     Args:

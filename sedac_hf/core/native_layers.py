@@ -159,20 +159,18 @@ def describe_layer(layer: nn.Module, setting: LayerSetting) -> LayerWeights:
         raise NotNativeError(f"{type(layer).__name__} has the norms {names}, an unknown order")
     norms = [None if n is None else describe_norm(getattr(layer, n), n) for n in arrangement]
     gate, up = _gated(mlp)
-    return {
-        "before_attention": norms[0],
-        "after_attention": norms[1],
-        "before_mlp": norms[2],
-        "after_mlp": norms[3],
-        **_attention(attention, setting),
+    gated: dict[str, Any] = {
         "gate": gate,
         "up": up,
         "down": describe_linear(mlp.down_proj, "down_proj"),
         "activation": _activation(mlp),
     }
+    places = ("before_attention", "after_attention", "before_mlp", "after_mlp")
+    whole = {**dict(zip(places, norms, strict=True)), **_attention(attention, setting), **gated}
+    return cast("LayerWeights", whole)
 
 
-def _attention(module: Any, setting: LayerSetting) -> Any:
+def _attention(module: Any, setting: LayerSetting) -> dict[str, Any]:
     """The entries that attention is described by."""
     dim = int(getattr(module, "head_dim", 0))
     group = int(getattr(module, "num_key_value_groups", 0))

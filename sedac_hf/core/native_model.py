@@ -1,4 +1,4 @@
-"""A base and its exit heads as the Rust core runs them, and the means to notice that they changed."""
+"""A base and its exit heads as the Rust core runs them, described anew when they change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
-    from sedac_hf.core.draft_head import DraftHead
     from sedac_hf.core.exit_heads import ExitHead
 
 __all__ = ["NativeModel", "NativeParts"]
@@ -41,8 +40,6 @@ class NativeParts:
         base: The base's layers.
         heads: Layers of the exit heads; None for heads that run through torch.
         output: Final norm and head.
-        draft: The same over the draft vocabulary; None where there is no smaller one.
-        draft_linear: The module that `draft` was made from.
         rotary: The base's rotary tables.
         embedding: The base's embedding.
         tensors: Everything that was read, in the order of the modules.
@@ -52,8 +49,6 @@ class NativeParts:
     base: _core.LayerStack
     heads: tuple[_core.LayerStack | None, ...]
     output: _core.OutputHead
-    draft: _core.OutputHead | None
-    draft_linear: nn.Linear | None
     rotary: RotaryTables
     embedding: nn.Module
     tensors: list[Tensor]
@@ -72,19 +67,15 @@ class NativeModel:
         exit_heads: The exit heads.
     """
 
-    def __init__(
-        self, shell: BaseShell, heads: Sequence[ExitHead] = (), draft: DraftHead | None = None
-    ) -> None:
+    def __init__(self, shell: BaseShell, heads: Sequence[ExitHead] = ()) -> None:
         """Remember what to look at; nothing is read yet.
 
         Args:
             shell: Shell of the base.
             heads: Exit heads in the order of their checkpoints.
-            draft: Output layer of the draft vocabulary.
         """
         self.shell = shell
         self.exit_heads = tuple(heads)
-        self._draft = draft
         self._parts: NativeParts | None = None
         self._reason: str | None = None
         self._refused: list[Any] | None = None
@@ -122,8 +113,6 @@ class NativeModel:
             return self._rebuild()
 
     def _is_current(self, found: NativeParts) -> bool:
-        if self._draft is not None and self._draft.linear is not found.draft_linear:
-            return False
         if not found.unchanged() or any(not has_no_hooks(m) for m in self._modules()):
             return False
         tensors = self._tensors(found.rotary)
@@ -139,7 +128,7 @@ class NativeModel:
         self._parts = None
         try:
             parts = self._build()
-            check_native(self.shell, self.exit_heads, parts)
+            check_native(self, parts)
         except NotNativeError as error:
             self._reason = f"{type(self.shell.base).__name__}: {error}"
             self._refused = self._state() if state is None else state
@@ -179,13 +168,10 @@ class NativeModel:
         settings = [LayerSetting(rotary.of_layer[i], windows[i]) for i in range(count)]
         layers = [_layer(shell.layers[i], settings[i], f"layer {i}") for i in range(count)]
         tensors = self._tensors(rotary)
-        draft = None if self._draft is None else self._draft.linear
         return NativeParts(
             base=_core.LayerStack(layers, None),
             heads=tuple(self._head(head, settings) for head in self.exit_heads),
-            output=self._output(base.get_output_embeddings()),
-            draft=None if draft is None else self._output(draft),
-            draft_linear=draft,
+            output=self.output(base.get_output_embeddings()),
             rotary=rotary,
             embedding=base.get_input_embeddings(),
             tensors=tensors,
@@ -202,7 +188,15 @@ class NativeModel:
             raise NotNativeError(f"{name} has a mix that is no plain nn.Linear, or a hook")
         return _core.LayerStack(layers, describe_matrix(head.mix.weight))
 
-    def _output(self, head: nn.Module | None) -> _core.OutputHead:
+    def output(self, head: nn.Module | None) -> _core.OutputHead:
+        """The final norm and an output layer.
+
+        Args:
+            head: The base's own, or a smaller one; it must be kept as long as what is returned.
+
+        Raises:
+            NotNativeError: If one of the two cannot be read.
+        """
         norm = getattr(self.shell.decoder, "norm", None)
         weight, eps = describe_norm(norm, "the final norm")
         linear = describe_linear(head, "the output layer")

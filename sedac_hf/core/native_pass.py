@@ -7,12 +7,11 @@ transformers cache and comes back is the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sedac_hf.core.native_cache import append_slots, load_layer
 from sedac_hf.core.native_model import NativeModel, threads
@@ -21,8 +20,6 @@ from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
     from sedac_hf import _core
-    from sedac_hf.core.base_shell import BaseShell
-    from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.native_model import NativeParts
 
 __all__ = ["NativePass"]
@@ -34,44 +31,54 @@ class NativePass:
     Use it from one thread at a time; passes of one model may run in several.
     """
 
-    def __init__(self, model: NativeModel) -> None:
+    def __init__(self, model: NativeModel, draft: nn.Linear | None = None) -> None:
         """Start without rows; `load` or `begin` makes them.
 
         Args:
             model: The base and its heads.
+            draft: Output layer of the draft vocabulary; None for the whole one.
 
         Raises:
             NotNativeError: If the base cannot run natively; the message says why.
         """
-        self._model: NativeModel | None = model
-        self._fixed = model.parts(thorough=True)
-        self._set_up(model.shell, model.exit_heads)
+        output = None if draft is None else (draft, model.output(draft))
+        self._set_up(model, model.parts(thorough=True), True, output)
 
     @classmethod
-    def of_parts(
-        cls, shell: BaseShell, heads: Sequence[ExitHead], parts: NativeParts
-    ) -> NativePass:
+    def of_parts(cls, model: NativeModel, parts: NativeParts) -> NativePass:
         """A pass over one state of the weights, which are not looked at again.
 
         Args:
-            shell: Shell of the base.
-            heads: Its exit heads.
+            model: The base and its heads.
             parts: What the Rust core was told of them.
         """
         made = cls.__new__(cls)
-        made._model, made._fixed = None, parts
-        made._set_up(shell, heads)
+        made._set_up(model, parts, False, None)
         return made
 
-    def _set_up(self, shell: BaseShell, heads: Sequence[ExitHead]) -> None:
-        self._shell = shell
-        self._heads = tuple(heads)
+    def _set_up(
+        self,
+        model: NativeModel,
+        parts: NativeParts,
+        watching: bool,
+        draft: tuple[nn.Linear, _core.OutputHead] | None,
+    ) -> None:
+        self._model = model
+        self._fixed = None if watching else parts
+        self._shell = model.shell
+        self._heads = model.exit_heads
+        self._draft = draft
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
 
     @property
     def _parts(self) -> NativeParts:
-        return self._fixed if self._model is None else self._model.parts()
+        return self._model.parts() if self._fixed is None else self._fixed
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the base."""
+        return self._shell.num_layers
 
     def begin(self, rows: int) -> None:
         """Start with empty rows.
@@ -90,7 +97,7 @@ class NativePass:
         Raises:
             NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
         """
-        if self._model is not None:
+        if self._fixed is None:
             self._model.parts(thorough=True)
         length = int(cache.get_seq_length())
         # An empty dynamic layer has not been given its tensors yet.
@@ -148,10 +155,10 @@ class NativePass:
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.draft_logits`; float32."""
-        parts = self._parts
-        if parts.draft is None or parts.draft_linear is None:
+        if self._draft is None:
             return self.logits(hidden)
-        return _logits(parts.draft, hidden, parts.draft_linear.out_features)
+        linear, output = self._draft
+        return _logits(output, hidden, linear.out_features)
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""

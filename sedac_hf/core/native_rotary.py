@@ -1,4 +1,4 @@
-"""The base's own rotary tables for the native pass, kept by position where they depend on it alone."""
+"""The base's own rotary tables for the native pass, kept where position alone decides them."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ BASE = -1  # the base's own layers, where a part is asked for; heads are 0, 1, .
 class Placement:
     """Where the `n` nodes of a call stand.
 
-    Node `j` of row `r` has its K/V in slot ``length[r] + open - n + j``: the nodes of a call are the
-    last of those that are open. It sees the settled slots ``first[r] .. length[r] - 1`` and the
+    Node `j` of row `r` has its K/V in slot ``length[r] + open - n + j``: the nodes of a call are
+    the last of those that are open. It sees the settled slots ``first[r] .. length[r] - 1`` and the
     open nodes that `tree` names, itself among them.
 
     Attributes:

@@ -158,6 +158,8 @@ class NativeModel:
             raise NotNativeError("it is in training mode; call .eval()")
         if base.dtype not in DTYPES:
             raise NotNativeError(f"its type is {base.dtype}, expected one of {list(DTYPES)}")
+        if away := {t.device.type for t in base.parameters()} - {"cpu"}:
+            raise NotNativeError(f"it has weights on {sorted(away)}, the native pass needs the CPU")
         for module in (base, shell.decoder):
             if not has_no_hooks(module):
                 raise NotNativeError(f"{type(module).__name__} carries a hook")

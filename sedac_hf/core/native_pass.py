@@ -80,6 +80,11 @@ class NativePass:
         """Layers of the base."""
         return self._shell.num_layers
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its K/V take."""
+        return sum(cache.nbytes for cache in self._caches if cache is not None)
+
     def begin(self, rows: int) -> None:
         """Start with empty rows.
 

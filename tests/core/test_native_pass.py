@@ -384,6 +384,7 @@ def test_sixteen_threads_at_once_each_get_their_own_result(llama: PreTrainedMode
 
 
 def _in_child(queue: multiprocessing.Queue[list[float]], base: PreTrainedModel) -> None:
+    torch.set_num_threads(2)
     run = started(base)
     run.begin(1)
     queue.put(logits_of(run, prompt(1, 4), behind([0], 4)).flatten().tolist())
@@ -398,8 +399,6 @@ def test_a_forked_child_works_although_the_parents_threads_are_not_there(
     torch.set_num_threads(2)
     try:
         expected = logits_of(run, prompt(1, 4), at).flatten().tolist()
-        # A fork of a process with torch's own threads in use would not survive torch's products.
-        torch.set_num_threads(1)
         queue: multiprocessing.Queue[list[float]] = context.Queue()
         child = context.Process(target=_in_child, args=(queue, llama))
         child.start()

@@ -87,6 +87,189 @@ class Probe:
             TypeError: If `hidden` has another type or its rows have gaps.
         """
 
+MatrixWeights = tuple[int, int, int, str]
+"""Address, rows, columns and type ("f32", "bf16", "f16") of a contiguous matrix in torch's memory.
+
+It must stay there, unchanged during calls, for as long as what was made from it is used."""
+LinearWeights = tuple[MatrixWeights, FloatArray | None]
+"""A matrix ``[outputs, inputs]`` and its bias ``[outputs]``."""
+NormWeights = tuple[FloatArray, float]
+"""What a root-mean-square norm multiplies by, and its epsilon."""
+
+class LayerWeights(TypedDict):
+    """A decoder layer of the Llama recipe."""
+
+    before_attention: NormWeights | None
+    after_attention: NormWeights | None
+    before_mlp: NormWeights | None
+    after_mlp: NormWeights | None
+    query: LinearWeights
+    key: LinearWeights
+    value: LinearWeights
+    query_norm: NormWeights | None
+    """As wide as a head, or as all of them."""
+    key_norm: NormWeights | None
+    rotation: int | None
+    """Which of a call's rotations turns queries and keys."""
+    kv_heads: int
+    head_dim: int
+    group: int
+    """Query heads for each head of keys."""
+    scaling: float
+    softcap: float | None
+    window: int | None
+    """Positions that a node sees back to, itself included."""
+    output: LinearWeights
+    gate: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
+    activation: str
+    """"silu" or "gelu_tanh"."""
+
+class KvCache:
+    """K and V of some rows in the layers of a stack, in the type of its weights. Made by it."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+    def load(self, layer: int, first: int, keys: int, values: int, slots: int) -> None:
+        """Take slots from two tensors.
+
+        Args:
+            layer: Which layer.
+            first: The slot that their first place goes to.
+            keys: Address of contiguous keys ``[rows, heads, slots, dim]`` of the cache's type.
+            values: Address of the values, likewise.
+            slots: How many slots they hold.
+
+        Raises:
+            ValueError: If the layer does not exist or an address is not aligned.
+        """
+    def store(
+        self,
+        layer: int,
+        first: int,
+        length: npt.NDArray[np.int64],
+        keys: int,
+        values: int,
+        slots: int,
+    ) -> None:
+        """Give slots `first` to ``length[row] - 1`` to two such tensors, from their first place on.
+
+        Raises:
+            ValueError: If the layer does not exist, an address is not aligned, or there are more
+                slots than places.
+        """
+    def keep(
+        self,
+        length: npt.NDArray[np.int64],
+        path: npt.NDArray[np.int64],
+        kept: npt.NDArray[np.int64],
+    ) -> None:
+        """Move K and V of accepted nodes together, in all layers.
+
+        Args:
+            length: Settled slots before, ``[rows]``.
+            path: Open nodes that stay, ascending, ``[rows, most]``.
+            kept: How many of them count, ``[rows]``.
+
+        Raises:
+            ValueError: If a path does not ascend or leads beyond what the cache holds.
+        """
+
+class LayerStack:
+    """Decoder layers that run one after the other. Immutable, so threads may share it."""
+
+    def __new__(cls, layers: list[LayerWeights], mix: MatrixWeights | None = None) -> LayerStack:
+        """Join layers.
+
+        Args:
+            layers: The layers.
+            mix: Matrix ``[width, width]`` or ``[width, 2 * width]`` whose product with the
+                normalised state (and feedback) is added to the state before the first layer.
+
+        Raises:
+            ValueError: If parts do not fit each other, or SEDAC_KERNEL names a kernel that this
+                processor cannot run.
+        """
+    @property
+    def kernel(self) -> str:
+        """The kernel that it uses, "scalar" or "avx2"."""
+    def cache(self, rows: int) -> KvCache:
+        """An empty cache for `rows` rows."""
+    def run(
+        self,
+        cache: KvCache,
+        states: FloatArray,
+        feedback: FloatArray | None,
+        first: npt.NDArray[np.int64],
+        length: npt.NDArray[np.int64],
+        tree: npt.NDArray[np.bool_],
+        rotations: list[tuple[FloatArray, FloatArray]],
+        start: int,
+        stop: int,
+        threads: int,
+    ) -> None:
+        """Run the tokens of some rows through some layers.
+
+        A token's result has the same bits whatever other tokens there are and however many threads
+        work on it.
+
+        Args:
+            cache: K and V, read and written.
+            states: ``[rows * n, width]``, replaced by what comes out.
+            feedback: Second input of the mix, same shape; zeros if None.
+            first: First slot of each row that is no padding, ``[rows]``.
+            length: Settled slots of each row, ``[rows]``.
+            tree: Which open nodes each node sees, ``[rows, n, open]``.
+            rotations: Cosines and sines ``[rows * n, rotated width]`` of each kind.
+            start: First layer.
+            stop: End of the layers.
+            threads: Threads to use at most.
+
+        Raises:
+            ValueError: If arguments do not fit each other.
+            TypeError: If an array has another type or gaps.
+        """
+
+class OutputHead:
+    """A final norm and an output layer. Immutable, so threads may share it."""
+
+    def __new__(
+        cls,
+        norm_weight: FloatArray,
+        eps: float,
+        linear: LinearWeights,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> OutputHead:
+        """Join the two.
+
+        Args:
+            norm_weight: What the norm multiplies by, ``[width]``.
+            eps: Its epsilon.
+            linear: The output layer.
+            scale: What logits are multiplied by.
+            softcap: Bound that logits are softly kept under.
+
+        Raises:
+            ValueError: If an address, a shape or a type cannot be used.
+        """
+    def run(self, states: FloatArray, logits: FloatArray, threads: int) -> None:
+        """Logits of states.
+
+        Args:
+            states: ``[tokens, width]``.
+            logits: ``[tokens, vocabulary]``, written.
+            threads: Threads to use at most.
+
+        Raises:
+            ValueError: If lengths do not fit.
+        """
+
+def pass_kernels() -> list[str]:
+    """Kernels that this processor can run, the fastest last; SEDAC_KERNEL takes their names."""
+
 class Cascade:
     """Rules and probes of all checkpoints. Immutable, so threads may share it."""
 

@@ -12,6 +12,7 @@ __all__ = [
     "FingerprintError",
     "FormatVersionError",
     "ModeError",
+    "NotNativeError",
     "SedacError",
     "UnsupportedModelError",
 ]
@@ -27,6 +28,10 @@ class ConfigError(SedacError, ValueError):
 
 class UnsupportedModelError(SedacError):
     """The base model is of a kind whose layers cannot be skipped safely."""
+
+
+class NotNativeError(SedacError):
+    """The native pass cannot run this model; the base's own modules can."""
 
 
 class ModeError(SedacError, ValueError):

@@ -55,6 +55,20 @@ pub enum CoreError {
         /// How many elements it has.
         elements: usize,
     },
+    /// A kernel that does not exist or that this processor cannot run.
+    #[error("SEDAC_KERNEL is {found:?}, expected one of {available} on this processor")]
+    Kernel {
+        /// The name given.
+        found: String,
+        /// The names of those that can be used.
+        available: String,
+    },
+    /// A thread of a pass came upon a fault in this crate; the pass's results are not valid.
+    #[error("a thread of the pass failed: {reason}; please report this")]
+    Thread {
+        /// What it said.
+        reason: String,
+    },
     /// An array that is laid out, or typed, in a way that cannot be read in place.
     #[error("{name}: expected {expected}, found {found}")]
     Layout {

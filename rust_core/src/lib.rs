@@ -24,6 +24,7 @@ pub mod cascade;
 pub mod certify;
 pub mod error;
 pub mod hidden;
+pub mod pass;
 pub mod probe;
 pub mod project;
 pub mod replay;

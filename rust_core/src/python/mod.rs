@@ -4,10 +4,11 @@ mod accumulate;
 mod arrays;
 mod cascade;
 mod certify;
+mod pass;
 mod probe;
 mod replay;
 
-use pyo3::exceptions::{PyIndexError, PyMemoryError, PyTypeError, PyValueError};
+use pyo3::exceptions::{PyIndexError, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::error::CoreError;
@@ -19,9 +20,11 @@ impl From<CoreError> for PyErr {
         match error {
             CoreError::Checkpoint { .. } => PyIndexError::new_err(message),
             CoreError::Layout { .. } => PyTypeError::new_err(message),
+            CoreError::Thread { .. } => PyRuntimeError::new_err(message),
             CoreError::Memory { .. } => PyMemoryError::new_err(message),
             CoreError::DataType { .. }
             | CoreError::Length { .. }
+            | CoreError::Kernel { .. }
             | CoreError::NoProbes
             | CoreError::Value { .. } => PyValueError::new_err(message),
         }
@@ -47,6 +50,8 @@ mod _core {
     use super::certify::{betting_p_value, fixed_sequence, hoeffding_bentkus_p_value};
     #[pymodule_export]
     use super::kernel;
+    #[pymodule_export]
+    use super::pass::{KvCache, LayerStack, OutputHead, pass_kernels};
     #[pymodule_export]
     use super::probe::Probe;
     #[pymodule_export]

@@ -1,0 +1,155 @@
+//! The number types that weights and K/V are kept in, and how sixteen of them become f32.
+
+use half::{bf16, f16};
+
+use super::lanes::Lanes;
+
+/// How a matrix or a cache keeps its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 32-bit floats.
+    F32,
+    /// Brain floats.
+    Bf16,
+    /// IEEE half floats.
+    F16,
+}
+
+impl Float {
+    /// Bytes of one number.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// Runs an expression with `$element` as the type that a [`Float`] names.
+macro_rules! by_float {
+    ($float:expr, $element:ident => $body:expr) => {
+        match $float {
+            $crate::pass::float::Float::F32 => {
+                type $element = f32;
+                $body
+            }
+            $crate::pass::float::Float::Bf16 => {
+                type $element = $crate::pass::float::Brain;
+                $body
+            }
+            $crate::pass::float::Float::F16 => {
+                type $element = $crate::pass::float::Half;
+                $body
+            }
+        }
+    };
+}
+pub(crate) use by_float;
+
+/// Numbers that one step of a sum takes.
+pub const STEP: usize = 16;
+
+/// A number as it lies in memory.
+pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// Whether [`Element::widen`] gives the even numbers first, then the odd ones.
+    const SPLIT: bool;
+
+    /// Sixteen numbers as two vectors of f32, in the order that `SPLIT` says.
+    ///
+    /// # Safety
+    /// `from` must be readable for sixteen numbers, and the processor must know `L`.
+    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2];
+
+    /// One of the two vectors that [`Element::widen`] gives.
+    ///
+    /// # Safety
+    /// As for [`Element::widen`].
+    #[inline(always)]
+    unsafe fn widen_half<L: Lanes>(from: *const Self, half: usize) -> L {
+        // SAFETY: passed on.
+        unsafe { Self::widen::<L>(from)[half] }
+    }
+
+    /// As f32.
+    fn to_f32(self) -> f32;
+
+    /// Rounded from f32 to the nearest, ties to even.
+    fn from_f32(value: f32) -> Self;
+
+    /// Where the number that comes `index`-th out of [`Element::widen`] lies among its sixteen.
+    #[inline(always)]
+    fn place(index: usize) -> usize {
+        if Self::SPLIT { index % 8 * 2 + index / 8 } else { index }
+    }
+}
+
+/// The bits of a brain float.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(transparent)]
+pub struct Brain(pub u16);
+
+/// The bits of an IEEE half float.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+#[repr(transparent)]
+pub struct Half(pub u16);
+
+impl Element for f32 {
+    const SPLIT: bool = false;
+
+    #[inline(always)]
+    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+        // SAFETY: the caller vouches for sixteen numbers and for the instructions.
+        unsafe { [L::load(from), L::load(from.add(8))] }
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+}
+
+impl Element for Brain {
+    const SPLIT: bool = true;
+
+    #[inline(always)]
+    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+        // SAFETY: the caller vouches for sixteen numbers and for the instructions.
+        unsafe { L::load_brain(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        bf16::from_bits(self.0).to_f32()
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self(bf16::from_f32(value).to_bits())
+    }
+}
+
+impl Element for Half {
+    const SPLIT: bool = false;
+
+    #[inline(always)]
+    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+        // SAFETY: the caller vouches for sixteen numbers and for the instructions.
+        unsafe { L::load_half(from.cast()) }
+    }
+
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::from_bits(self.0).to_f32()
+    }
+
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self(f16::from_f32(value).to_bits())
+    }
+}

@@ -1,0 +1,344 @@
+//! The program that every thread of a pass runs.
+//!
+//! The state is each thread's own, so that only products and attention need to be shared out and
+//! waited for. Work is dealt out as threads come: which thread computes a number does not change it.
+
+use std::ops::Range;
+
+use super::attention::{Item, Partial, Scratch, join, needed_blocks};
+use super::cache::RowCache;
+use super::dot::{Inputs, Output, product};
+use super::float::{Float, by_float};
+use super::heads::prepare;
+use super::kernel::Kernel;
+use super::layer::{Layer, Linear};
+use super::norm::{Norm, inverse_root};
+use super::shared::Shared;
+use super::slots;
+use super::stack::{Stack, Tokens};
+use super::team::{Stopped, Team};
+use super::threads;
+use crate::error::Result;
+
+/// Fewest rows of a matrix that are dealt out at a time: whole tiles of any shape.
+const GRAIN: usize = 12;
+
+/// Divisor of the norm that exit heads put before their mix.
+const MIX_EPS: f32 = 1e-6;
+
+type Step = std::result::Result<(), Stopped>;
+
+/// Buffers that the threads share, one stripe for each token.
+struct Buffers<'a> {
+    queries: Shared<'a>,
+    keys: Shared<'a>,
+    values: Shared<'a>,
+    partial: Partial<'a>,
+    inner: Shared<'a>,
+    added: Shared<'a>,
+}
+
+/// One call.
+struct Call<'a> {
+    stack: &'a Stack,
+    cache: &'a RowCache,
+    feedback: Option<&'a [f32]>,
+    tokens: Tokens<'a>,
+    layers: Range<usize>,
+    buffers: Buffers<'a>,
+    result: Shared<'a>,
+    count: usize,
+    width: usize,
+}
+
+/// What each thread has for itself.
+struct Own {
+    states: Vec<f32>,
+    normed: Vec<f32>,
+    inputs: Inputs,
+    product: Vec<f32>,
+    attention: Scratch,
+}
+
+pub(super) fn run(
+    stack: &Stack,
+    cache: &RowCache,
+    tokens: Tokens<'_>,
+    layers: Range<usize>,
+    threads: usize,
+) -> Result<()> {
+    let Tokens { states, feedback, at, rotations } = tokens;
+    let width = stack.width();
+    let count = states.len() / width;
+    let most = |size: fn(&Layer) -> usize| stack.layers().iter().map(size).max().unwrap_or(0);
+    let blocks = at.most_blocks();
+    let stripe = most(|layer| layer.query_heads() * (layer.shape.padded() + 2));
+    let mut queries = vec![0.0; count * most(|layer| layer.query.matrix.rows())];
+    let mut keys = vec![0.0; count * most(|layer| layer.key.matrix.rows())];
+    let mut values = vec![0.0; count * most(|layer| layer.value.matrix.rows())];
+    let mut partial = vec![0.0; count * blocks * stripe];
+    let mut inner = vec![0.0; count * most(|layer| layer.gate.matrix.rows())];
+    let mut added = vec![0.0; count * width];
+    let buffers = Buffers {
+        queries: Shared::new(&mut queries),
+        keys: Shared::new(&mut keys),
+        values: Shared::new(&mut values),
+        partial: Partial { to: Shared::new(&mut partial), blocks },
+        inner: Shared::new(&mut inner),
+        added: Shared::new(&mut added),
+    };
+    let initial = states.to_vec();
+    let result = Shared::new(states);
+    let tokens = Tokens { states: &mut [], feedback, at, rotations };
+    let shares = 8 * layers.len() + 2;
+    let call = Call { stack, cache, feedback, tokens, layers, buffers, result, count, width };
+    threads::run(threads, shares, &|team: &Team<'_>| call.run(team, &initial))
+}
+
+impl Call<'_> {
+    fn run(&self, team: &Team<'_>, initial: &[f32]) -> Step {
+        let mut own = Own {
+            states: initial.to_vec(),
+            normed: vec![0.0; self.width],
+            inputs: Inputs::default(),
+            product: Vec::new(),
+            attention: Scratch::default(),
+        };
+        self.mix(team, &mut own)?;
+        for index in self.layers.clone() {
+            let layer = &self.stack.layers()[index];
+            self.attend(team, &mut own, index, layer)?;
+            self.gated_unit(team, &mut own, layer)?;
+        }
+        team.share(1, 1, |_| {
+            // SAFETY: one thread takes the only item; nobody else uses the result.
+            unsafe { self.result.part(0, own.states.len()) }.copy_from_slice(&own.states);
+        });
+        Ok(())
+    }
+
+    fn mix(&self, team: &Team<'_>, own: &mut Own) -> Step {
+        let Some(mix) = self.stack.mix() else { return Ok(()) };
+        own.inputs.reset(self.count, mix.columns(), mix.float());
+        let mut given = vec![0.0; mix.columns()];
+        for token in 0..self.count {
+            let part = token * self.width..(token + 1) * self.width;
+            unit(&own.states[part.clone()], &mut given[..self.width]);
+            if let (Some(feedback), true) = (self.feedback, mix.columns() > self.width) {
+                unit(&feedback[part], &mut given[self.width..]);
+            }
+            own.inputs.set(token, &given);
+        }
+        self.project(team, mix, None, &own.inputs, self.buffers.added);
+        team.wait()?;
+        self.add(own, None);
+        // The next layer may write `added` only when all have read it: its own barriers see to it.
+        Ok(())
+    }
+
+    fn attend(&self, team: &Team<'_>, own: &mut Own, index: usize, layer: &Layer) -> Step {
+        let buffers = &self.buffers;
+        self.pack(own, layer.norms.before_attention.as_ref(), layer.float());
+        for (linear, to) in [
+            (&layer.query, buffers.queries),
+            (&layer.key, buffers.keys),
+            (&layer.value, buffers.values),
+        ] {
+            self.linear(team, linear, &own.inputs, to);
+        }
+        team.wait()?;
+        team.share(self.count, 1, |tokens| tokens.for_each(|t| self.place(index, layer, t)));
+        team.wait()?;
+        self.blocks(team, own, index, layer);
+        team.wait()?;
+        self.pack_attended(own, layer);
+        self.linear(team, &layer.output, &own.inputs, buffers.added);
+        team.wait()?;
+        self.add(own, layer.norms.after_attention.as_ref());
+        Ok(())
+    }
+
+    fn gated_unit(&self, team: &Team<'_>, own: &mut Own, layer: &Layer) -> Step {
+        self.pack(own, layer.norms.before_mlp.as_ref(), layer.float());
+        let inner = layer.gate.matrix.rows();
+        let Own { inputs, product: scratch, .. } = own;
+        team.share(inner, GRAIN, |rows| self.gates(layer, rows, inputs, scratch));
+        team.wait()?;
+        own.inputs.reset(self.count, inner, layer.float());
+        // SAFETY: everybody has passed the barrier behind the gates.
+        let gated = unsafe { self.buffers.inner.read() };
+        for token in 0..self.count {
+            own.inputs.set(token, &gated[token * inner..][..inner]);
+        }
+        self.linear(team, &layer.down, &own.inputs, self.buffers.added);
+        team.wait()?;
+        self.add(own, layer.norms.after_mlp.as_ref());
+        Ok(())
+    }
+
+    /// Norms the states and makes them inputs of products.
+    fn pack(&self, own: &mut Own, norm: Option<&Norm>, float: Float) {
+        own.inputs.reset(self.count, self.width, float);
+        for (token, state) in own.states.chunks_exact(self.width).enumerate() {
+            own.normed.copy_from_slice(state);
+            if let Some(norm) = norm {
+                norm.apply(&mut own.normed);
+            }
+            own.inputs.set(token, &own.normed);
+        }
+    }
+
+    /// Adds what was computed to the states, through a norm where there is one.
+    fn add(&self, own: &mut Own, norm: Option<&Norm>) {
+        // SAFETY: everybody has passed the barrier behind the products that made it.
+        let added = unsafe { self.buffers.added.read() };
+        let states = own.states.chunks_exact_mut(self.width);
+        for (state, added) in states.zip(added.chunks_exact(self.width)) {
+            own.normed.copy_from_slice(added);
+            if let Some(norm) = norm {
+                norm.apply(&mut own.normed);
+            }
+            for (state, added) in state.iter_mut().zip(&own.normed) {
+                *state += added;
+            }
+        }
+    }
+
+    fn linear(&self, team: &Team<'_>, linear: &Linear, inputs: &Inputs, to: Shared<'_>) {
+        self.project(team, &linear.matrix, linear.bias.as_deref(), inputs, to);
+    }
+
+    /// Shares out a product into `to`, `[tokens, rows]`.
+    fn project(
+        &self,
+        team: &Team<'_>,
+        matrix: &super::matrix::Matrix,
+        bias: Option<&[f32]>,
+        inputs: &Inputs,
+        to: Shared<'_>,
+    ) {
+        let stride = matrix.rows();
+        team.share(stride, GRAIN, |rows| {
+            let out = Output { to, stride, offset: 0 };
+            // SAFETY: each thread has rows of its own, which nobody reads before the barrier.
+            unsafe { product(self.kernel(), matrix, rows.clone(), inputs, out) };
+            let Some(bias) = bias else { return };
+            for token in 0..self.count {
+                // SAFETY: as above.
+                let part = unsafe { to.part(token * stride + rows.start, rows.len()) };
+                for (value, bias) in part.iter_mut().zip(&bias[rows.clone()]) {
+                    *value += bias;
+                }
+            }
+        });
+    }
+
+    /// Some rows of gate and up, and the one gated by the other.
+    fn gates(&self, layer: &Layer, rows: Range<usize>, inputs: &Inputs, scratch: &mut Vec<f32>) {
+        let (each, inner) = (rows.len(), layer.gate.matrix.rows());
+        scratch.clear();
+        scratch.resize(2 * self.count * each, 0.0);
+        let (gates, ups) = scratch.split_at_mut(self.count * each);
+        for (linear, to) in [(&layer.gate, &mut *gates), (&layer.up, &mut *ups)] {
+            let offset = 0_usize.wrapping_sub(rows.start);
+            let out = Output { to: Shared::new(to), stride: each, offset };
+            // SAFETY: the scratch is this thread's own.
+            unsafe { product(self.kernel(), &linear.matrix, rows.clone(), inputs, out) };
+            if let Some(bias) = &linear.bias {
+                for part in to.chunks_exact_mut(each) {
+                    for (value, bias) in part.iter_mut().zip(&bias[rows.clone()]) {
+                        *value += bias;
+                    }
+                }
+            }
+        }
+        layer.activation.gate(self.kernel(), gates, ups);
+        for (token, gated) in gates.chunks_exact(each).enumerate() {
+            // SAFETY: each thread has rows of its own, which nobody reads before the barrier.
+            let part = unsafe { self.buffers.inner.part(token * inner + rows.start, each) };
+            part.copy_from_slice(gated);
+        }
+    }
+
+    /// Norms and turns queries and keys of one token, and puts K and V into the cache.
+    fn place(&self, index: usize, layer: &Layer, token: usize) {
+        let (shape, at) = (layer.shape, self.tokens.at);
+        let rotation = layer.rotation.map(|kind| &self.tokens.rotations[kind]);
+        let (width, kv) = (layer.query_heads() * shape.dim, shape.heads * shape.dim);
+        // SAFETY: the token is this thread's; the products are behind a barrier.
+        let (queries, keys, values) = unsafe {
+            (
+                self.buffers.queries.part(token * width, width),
+                self.buffers.keys.part(token * kv, kv),
+                self.buffers.values.part(token * kv, kv),
+            )
+        };
+        prepare(queries, shape.dim, layer.query_norm.as_ref(), rotation, token);
+        prepare(keys, shape.dim, layer.key_norm.as_ref(), rotation, token);
+        let (row, node) = (token / at.nodes, token % at.nodes);
+        let slot = at.length[row] + at.open - at.nodes + node;
+        let heads = keys.chunks_exact(shape.dim).zip(values.chunks_exact(shape.dim));
+        for (head, (key, value)) in heads.enumerate() {
+            let chunks = self.cache.chunks(index, row);
+            // SAFETY: the slot is this token's own.
+            by_float!(self.cache.float(), E => unsafe {
+                slots::write::<E>(chunks, shape, head, slot, key, value);
+            });
+        }
+    }
+
+    /// Shares out attention over rows, heads and blocks.
+    fn blocks(&self, team: &Team<'_>, own: &mut Own, index: usize, layer: &Layer) {
+        let at = self.tokens.at;
+        let window = layer.attention.window;
+        let mut work = Vec::new();
+        for row in 0..at.length.len() {
+            for block in needed_blocks(at, row, window) {
+                work.extend((0..layer.shape.heads).map(|head| (row, head, block)));
+            }
+        }
+        // SAFETY: everybody has passed the barrier behind `place`.
+        let queries = unsafe { self.buffers.queries.read() };
+        team.share(work.len(), 1, |items| {
+            for &(row, head, block) in &work[items] {
+                let (cache, kernel, how) = (self.cache, self.kernel(), layer.attention);
+                let layer = index;
+                let item = Item { cache, layer, row, head, block, at, how, queries, kernel };
+                // SAFETY: K and V are behind a barrier; the block is this thread's alone.
+                unsafe { item.run(&mut own.attention, self.buffers.partial) };
+            }
+        });
+    }
+
+    /// Joins the blocks of all heads and makes them inputs of the output projection.
+    fn pack_attended(&self, own: &mut Own, layer: &Layer) {
+        let (at, shape, blocks) = (self.tokens.at, layer.shape, self.buffers.partial.blocks);
+        let heads = layer.query_heads();
+        let stripe = blocks * (shape.padded() + 2);
+        own.inputs.reset(self.count, heads * shape.dim, layer.float());
+        own.product.clear();
+        own.product.resize(heads * shape.dim, 0.0);
+        // SAFETY: everybody has passed the barrier behind the blocks.
+        let parts = unsafe { self.buffers.partial.to.read() };
+        for token in 0..self.count {
+            let needed = needed_blocks(at, token / at.nodes, layer.attention.window);
+            for (head, out) in own.product.chunks_exact_mut(shape.dim).enumerate() {
+                let parts = &parts[(token * heads + head) * stripe..][..stripe];
+                join(parts, needed.clone(), shape.padded(), out);
+            }
+            own.inputs.set(token, &own.product);
+        }
+    }
+
+    fn kernel(&self) -> Kernel {
+        self.stack.kernel()
+    }
+}
+
+/// The state scaled to unit root mean square.
+fn unit(state: &[f32], to: &mut [f32]) {
+    let factor = inverse_root(state, MIX_EPS);
+    for (to, value) in to.iter_mut().zip(state) {
+        *to = value * factor;
+    }
+}

@@ -1,0 +1,73 @@
+//! Scores of one block into weights.
+
+use super::activation::exp;
+use super::kernel::Kernel;
+
+/// Turns scores into `exp(score - greatest)` in place, the first `hidden` of them into zeros.
+/// Returns the greatest score and the sum of the weights; minus infinity and 0 if all are hidden.
+///
+/// The sum runs in eight lanes by place, so that zeros in front do not change it. A score of NaN
+/// makes it NaN.
+pub fn softmax(
+    kernel: Kernel,
+    scores: &mut [f32],
+    hidden: usize,
+    scaling: f32,
+    cap: Option<f32>,
+) -> (f32, f32) {
+    match kernel {
+        Kernel::Scalar => weights(scores, hidden, scaling, cap),
+        // SAFETY: `Kernel::Avx2` is only made where the processor has it.
+        #[cfg(target_arch = "x86_64")]
+        Kernel::Avx2 => unsafe { weights_avx2(scores, hidden, scaling, cap) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn weights_avx2(scores: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f32, f32) {
+    weights(scores, hidden, scaling, cap)
+}
+
+#[inline(always)]
+fn weights(all: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f32, f32) {
+    let scores = &mut all[hidden..];
+    for score in scores.iter_mut() {
+        *score *= scaling;
+    }
+    if let Some(cap) = cap {
+        for score in scores.iter_mut() {
+            *score = (*score / cap).tanh() * cap;
+        }
+    }
+    let greatest = greatest(scores);
+    for score in scores.iter_mut() {
+        *score = exp(*score - greatest);
+    }
+    all[..hidden].fill(0.0);
+    let mut lanes = [0.0_f32; 8];
+    let (whole, rest) = all.as_chunks::<8>();
+    for chunk in whole {
+        for lane in 0..8 {
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (lane, weight) in lanes.iter_mut().zip(rest) {
+        *lane += weight;
+    }
+    (greatest, lanes.iter().sum())
+}
+
+/// The greatest number, NaN aside; the order does not matter to it.
+#[inline(always)]
+fn greatest(scores: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 8];
+    let (whole, rest) = scores.as_chunks::<8>();
+    for chunk in whole {
+        for lane in 0..8 {
+            lanes[lane] = larger(lanes[lane], chunk[lane]);
+        }
+    }
+    lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+}

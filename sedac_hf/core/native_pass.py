@@ -1,0 +1,227 @@
+"""The native pass: rows of nodes through the base's layers and exit heads in the Rust core.
+
+States travel as float32, so that running the layers in two calls gives the bits of one call. K/V
+are kept in the base's own type: half the memory of float32 at long contexts, and what goes out to a
+transformers cache and comes back is the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sedac_hf.core.native_cache import append_slots, load_layer
+from sedac_hf.core.native_model import NativeModel, threads
+from sedac_hf.core.row_pass import BASE, IntArray, Placement
+from sedac_hf.errors import NotNativeError
+
+if TYPE_CHECKING:
+    from sedac_hf import _core
+    from sedac_hf.core.native_model import NativeParts
+
+__all__ = ["NativePass"]
+
+
+class NativePass:
+    """One text's (or batch's) pass: the K/V of its rows. See `RowPass`.
+
+    Use it from one thread at a time; passes of one model may run in several.
+    """
+
+    def __init__(self, model: NativeModel, draft: nn.Linear | None = None) -> None:
+        """Start without rows; `load` or `begin` makes them.
+
+        Args:
+            model: The base and its heads.
+            draft: Output layer of the draft vocabulary; None for the whole one.
+
+        Raises:
+            NotNativeError: If the base cannot run natively; the message says why.
+        """
+        output = None if draft is None else (draft, model.output(draft))
+        self._set_up(model, model.parts(thorough=True), True, output)
+
+    @classmethod
+    def of_parts(cls, model: NativeModel, parts: NativeParts) -> NativePass:
+        """A pass over one state of the weights, which are not looked at again.
+
+        Args:
+            model: The base and its heads.
+            parts: What the Rust core was told of them.
+        """
+        made = cls.__new__(cls)
+        made._set_up(model, parts, False, None)
+        return made
+
+    def _set_up(
+        self,
+        model: NativeModel,
+        parts: NativeParts,
+        watching: bool,
+        draft: tuple[nn.Linear, _core.OutputHead] | None,
+    ) -> None:
+        self._model = model
+        self._fixed = None if watching else parts
+        self._shell = model.shell
+        self._heads = model.exit_heads
+        self._draft = draft
+        self._caches: list[_core.KvCache | None] = []
+        self._loaded = np.zeros(0, np.int64)
+
+    @property
+    def _parts(self) -> NativeParts:
+        return self._model.parts() if self._fixed is None else self._fixed
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the base."""
+        return self._shell.num_layers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its K/V take."""
+        return sum(cache.nbytes for cache in self._caches if cache is not None)
+
+    def begin(self, rows: int) -> None:
+        """Start with empty rows.
+
+        Args:
+            rows: How many.
+        """
+        parts = self._parts
+        stacks = [parts.base, *parts.heads]
+        self._caches = [None if stack is None else stack.cache(rows) for stack in stacks]
+        self._loaded = np.zeros(rows, np.int64)
+
+    def load(self, cache: Any) -> IntArray:
+        """See `RowPass.load`.
+
+        Raises:
+            NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
+        """
+        if self._fixed is None:
+            self._model.parts(thorough=True)
+        length = int(cache.get_seq_length())
+        # An empty dynamic layer has not been given its tensors yet.
+        keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
+        if length == 0 or keys is None:
+            raise NotNativeError("the cache is empty; run the prompt through the base first")
+        self.begin(int(keys.shape[0]))
+        for part, first, count in self._cache_layers():
+            own = self._cache(part)
+            for i in range(count):
+                if first + i < len(cache.layers):
+                    load_layer(own, i, cache.layers[first + i], length, self._shell.base.dtype)
+        self._loaded[:] = length
+        return self._loaded.copy()
+
+    def store(self, cache: Any, length: IntArray) -> None:
+        """See `RowPass.store`."""
+        start = int(self._loaded[0])
+        if int(length.max()) <= start:
+            return
+        for part, first, count in self._cache_layers():
+            for i in range(count):
+                if first + i < len(cache.layers):
+                    dtype = self._shell.base.dtype
+                    append_slots(self._cache(part), i, cache, first + i, start, length, dtype)
+        self._loaded[:] = int(length.max())
+
+    def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
+        """See `RowPass.embed`; positions play no part in bases that run natively."""
+        del positions
+        with torch.no_grad():
+            found: Tensor = self._parts.embedding(tokens)
+            return found.float()
+
+    def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
+        """See `RowPass.layers`; states come out as float32."""
+        parts = self._parts
+        return self._run(parts.base, BASE, hidden, None, at, start, stop, parts)
+
+    def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
+        """See `RowPass.head`; states come out as float32."""
+        parts = self._parts
+        stack, head = parts.heads[k], self._heads[k]
+        if stack is None:
+            with torch.no_grad():
+                state: Tensor = head(hidden.to(self._shell.base.dtype))
+                return state.float()
+        given = feedback if head.spec.feedback else None
+        return self._run(stack, k, hidden, given, at, 0, head.cache_layers, parts)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See `RowPass.logits`; float32."""
+        parts = self._parts
+        return _logits(parts.output, hidden, self._shell.vocabulary_size)
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """See `RowPass.draft_logits`; float32."""
+        if self._draft is None:
+            return self.logits(hidden)
+        linear, output = self._draft
+        return _logits(output, hidden, linear.out_features)
+
+    def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
+        """See `RowPass.keep`."""
+        if part != BASE and self._caches[part + 1] is None:
+            return
+        whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
+        self._cache(part).keep(*whole)
+
+    def _run(
+        self,
+        stack: _core.LayerStack,
+        part: int,
+        hidden: Tensor,
+        feedback: Tensor | None,
+        at: Placement,
+        start: int,
+        stop: int,
+        parts: NativeParts,
+    ) -> Tensor:
+        width = hidden.shape[-1]
+        # The core writes over what it is given.
+        states = hidden.detach().to(torch.float32, copy=True).reshape(-1, width).contiguous()
+        given = None
+        if feedback is not None:
+            given = feedback.detach().float().reshape(-1, width).contiguous().numpy()
+        stack.run(
+            self._cache(part),
+            states.numpy(),
+            given,
+            np.ascontiguousarray(at.first, np.int64),
+            np.ascontiguousarray(at.length, np.int64),
+            at.tree,
+            parts.rotary.rows(at.positions),
+            start,
+            stop,
+            threads(),
+        )
+        return states.view(hidden.shape)
+
+    def _cache(self, part: int) -> _core.KvCache:
+        cache = self._caches[part + 1] if part + 1 < len(self._caches) else None
+        if cache is None:
+            raise NotNativeError("the pass has no rows yet: call load or begin first")
+        return cache
+
+    def _cache_layers(self) -> list[tuple[int, int, int]]:
+        """Parts with K/V of their own, where they begin in a transformers cache, and how many."""
+        found = [(BASE, 0, self._shell.num_layers)]
+        first = self._shell.num_layers
+        for k, head in enumerate(self._heads):
+            if self._caches[k + 1] is not None:
+                found.append((k, first, head.cache_layers))
+            first += head.cache_layers
+        return found
+
+
+def _logits(output: _core.OutputHead, hidden: Tensor, words: int) -> Tensor:
+    states = hidden.detach().float().reshape(-1, hidden.shape[-1]).contiguous()
+    logits = torch.empty((states.shape[0], words), dtype=torch.float32)
+    output.run(states.numpy(), logits.numpy(), threads())
+    return logits.view(*hidden.shape[:-1], words)

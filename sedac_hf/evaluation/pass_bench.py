@@ -1,0 +1,246 @@
+"""What a pass of a few tokens costs: the native pass beside the base's own modules in torch.
+
+Run ``python -m sedac_hf.evaluation.pass_bench``. Layers run in groups, and of each group the
+fastest of many rounds counts: other work on the machine rarely spares a whole pass, but often a
+part of one. The sides take turns by rounds. A round goes through all weights, so that each time
+they come from memory where they do not fit into the caches.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.native_model import NativeModel
+from sedac_hf.core.native_pass import NativePass
+from sedac_hf.core.row_pass import Placement
+from sedac_hf.errors import NotNativeError, SedacError
+
+__all__ = ["PassTiming", "main", "memory_bandwidth", "time_passes"]
+
+_GROUP = 3  # layers that are timed together
+_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+@dataclass(frozen=True)
+class PassTiming:
+    """One pass through all layers and the head.
+
+    Attributes:
+        context: Settled positions.
+        nodes: Tokens of the pass.
+        native_ms: Milliseconds of the native pass.
+        torch_ms: The same through the base's own modules; None where it was not asked for.
+        bandwidth_share: Bytes of weights and K/V over `native_ms`, as a share of the bandwidth at
+            which torch sums such an array.
+    """
+
+    context: int
+    nodes: int
+    native_ms: float
+    torch_ms: float | None
+    bandwidth_share: float
+
+
+@torch.inference_mode()
+def memory_bandwidth(size: int = 1 << 28, rounds: int = 20) -> float:
+    """Bytes a second at which torch sums an array that fits into no cache.
+
+    Args:
+        size: Bytes of the array.
+        rounds: Rounds, of which the fastest counts, part by part.
+    """
+    parts = torch.ones(size // 8, dtype=torch.int64).chunk(32)
+    [best] = _fastest([[lambda part=part: part.sum() for part in parts]], rounds)
+    return size / best
+
+
+def time_passes(
+    base: Any,
+    nodes: Sequence[int] = (1, 2, 4, 8, 16),
+    contexts: Sequence[int] = (128, 1024, 8192),
+    *,
+    rounds: int = 20,
+    with_torch: bool = True,
+) -> list[PassTiming]:
+    """Time passes of a base.
+
+    Args:
+        base: A causal LM that runs natively.
+        nodes: Tokens of a pass.
+        contexts: Settled positions; those beyond what the model was made for are left out.
+        rounds: Rounds of each, of which the fastest counts, group of layers by group.
+        with_torch: Also time the base's own modules.
+
+    Returns:
+        One timing for each context and number of tokens.
+
+    Raises:
+        NotNativeError: If the base does not run natively.
+    """
+    shell = BaseShell(base)
+    model = NativeModel(shell)
+    if model.reason is not None:
+        raise NotNativeError(model.reason)
+    speed = memory_bandwidth()
+    weights = sum(
+        p.numel() * p.element_size() for layer in shell.layers for p in layer.parameters()
+    )
+    weights += base.get_output_embeddings().weight.nbytes
+    most = int(getattr(base.config, "max_position_embeddings", 1 << 30))
+    found = []
+    for context in (c for c in contexts if c + max(nodes) <= most):
+        for count in nodes:
+            native, held = _native_parts(model, context, count)
+            sides = [native]
+            if with_torch:
+                sides.append(_torch_parts(shell, context, count))
+            seconds = _fastest(sides, rounds)
+            share = (weights + held) / seconds[0] / speed
+            torch_ms = seconds[1] * 1e3 if with_torch else None
+            found.append(PassTiming(context, count, seconds[0] * 1e3, torch_ms, share))
+    return found
+
+
+def _native_parts(
+    model: NativeModel, context: int, nodes: int
+) -> tuple[list[Callable[[], object]], int]:
+    """Groups of layers, then the head, and the bytes of K/V that they read."""
+    run = NativePass(model)
+    run.begin(1)
+    zero = np.zeros(1, np.int64)
+    tree = np.tril(np.ones((nodes, nodes), np.bool_))[None]
+    at = Placement(zero, zero + context, np.arange(context, context + nodes)[None], tree)
+    states = run.embed(torch.ones((1, nodes), dtype=torch.long), at.positions)
+    depth = run.num_layers
+    # The first call makes room; what stands in the settled slots does not matter to the time.
+    final = run.layers(states, at, 0, depth)
+    parts: list[Callable[[], object]] = [
+        lambda start=start: run.layers(states, at, start, min(start + _GROUP, depth))
+        for start in range(0, depth, _GROUP)
+    ]
+    parts.append(lambda: run.logits(final))
+    return parts, run.nbytes
+
+
+def _torch_parts(shell: BaseShell, context: int, nodes: int) -> list[Callable[[], object]]:
+    """The same through the base's modules, with a cache cut back after each round."""
+    config = shell.base.config
+    cache = DynamicCache(config=config)
+    heads = config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    past = torch.zeros((1, heads, context, dim), dtype=shell.base.dtype)
+    for i in range(shell.num_layers):
+        cache.update(past, past, i)
+    ids = torch.ones((1, nodes), dtype=torch.long)
+    with torch.inference_mode():
+        hidden, calls = shell.prologue(input_ids=ids, past_key_values=cache, use_cache=True)
+
+    def group(start: int) -> Tensor:
+        state = hidden
+        for i in range(start, min(start + _GROUP, shell.num_layers)):
+            state = shell.layer(i, state, calls[i])
+            layer: Any = cache.layers[i]
+            # Cut back without a copy; windows have cut themselves.
+            layer.keys, layer.values = past, past
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length = context
+        return state
+
+    parts: list[Callable[[], object]] = [
+        lambda start=start: group(start) for start in range(0, shell.num_layers, _GROUP)
+    ]
+    parts.append(lambda: shell.logits(hidden))
+    return parts
+
+
+@torch.inference_mode()
+def _fastest(sides: Sequence[Sequence[Callable[[], object]]], rounds: int) -> list[float]:
+    """Seconds of all parts of each side, each part in its fastest round."""
+    best = [[float("inf")] * len(parts) for parts in sides]
+    for _ in range(rounds):
+        for found, parts in zip(best, sides, strict=True):
+            for i, part in enumerate(parts):
+                start = time.perf_counter()
+                part()
+                found[i] = min(found[i], time.perf_counter() - start)
+    return [sum(found) for found in best]
+
+
+def _table(timings: Sequence[PassTiming], title: str) -> Table:
+    table = Table(title=title)
+    for name in (
+        "context",
+        "tokens",
+        "native, ms",
+        "of one",
+        "bandwidth",
+        "torch, ms",
+        "torch / n",
+    ):
+        table.add_column(name, justify="right")
+    alone: dict[int, float] = {}
+    for timing in timings:
+        one = alone.setdefault(timing.context, timing.native_ms)
+        torch_ms = timing.torch_ms
+        table.add_row(
+            f"{timing.context:,}",
+            str(timing.nodes),
+            f"{timing.native_ms:.2f}",
+            f"{timing.native_ms / one:.2f}x",
+            f"{timing.bandwidth_share:.0%}",
+            "-" if torch_ms is None else f"{torch_ms:.2f}",
+            "-" if torch_ms is None else f"{torch_ms / timing.native_ms:.2f}x",
+        )
+    return table
+
+
+def run(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal LM.")] = Path(
+        ".models/smollm2-135m-instruct"
+    ),
+    dtype: Annotated[str, typer.Option(help="f32, bf16 or f16.")] = "bf16",
+    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.")] = 0,
+    rounds: Annotated[int, typer.Option(help="Rounds of each pass.")] = 20,
+    contexts: Annotated[str, typer.Option(help="Settled positions.")] = "128,1024,8192",
+    nodes: Annotated[str, typer.Option(help="Tokens of a pass.")] = "1,2,4,8,16",
+    with_torch: Annotated[bool, typer.Option("--torch/--no-torch", help="Also torch.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Time passes of a few tokens, natively and through the base's modules."""
+    if dtype not in _DTYPES:
+        raise SedacError(f"dtype {dtype!r} is not known, expected one of {sorted(_DTYPES)}.")
+    if threads > 0:
+        torch.set_num_threads(threads)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype]).eval()
+    counts = [[int(part) for part in text.split(",")] for text in (nodes, contexts)]
+    timings = time_passes(base, *counts, rounds=rounds, with_torch=with_torch)
+    console = Console()
+    if as_json:
+        console.print_json(json.dumps([asdict(timing) for timing in timings]))
+    else:
+        kernel = NativeModel(BaseShell(base)).parts().base.kernel
+        title = f"{model.name}, {dtype}, {torch.get_num_threads()} threads, {kernel}"
+        console.print(_table(timings, title))
+
+
+def main() -> None:
+    """Run the command line."""
+    typer.run(run)
+
+
+if __name__ == "__main__":
+    main()

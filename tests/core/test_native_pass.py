@@ -1,0 +1,409 @@
+"""The native pass against the base's own forward of each path, and against itself in company."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from sedac_hf import _core
+from sedac_hf.config import CheckpointSpec
+from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.exit_cache import ExitCache
+from sedac_hf.core.exit_heads import ExitHead, build_exit_head
+from sedac_hf.core.native_model import NativeModel
+from sedac_hf.core.native_pass import NativePass
+from sedac_hf.core.row_pass import BASE, Placement
+from sedac_hf.errors import NotNativeError
+from tests.tiny_models import WIDTH, WINDOW, build_tiny, prompt
+
+NATIVE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "smollm3",
+)
+HALVES = (torch.bfloat16, torch.float16)
+# Two roots; node 2 follows the first, 3 and 4 the second, 5 follows 4.
+PATHS = ((0,), (1,), (0, 2), (1, 3), (1, 4), (1, 4, 5))
+LENGTH = WINDOW + 3  # beyond the windows of the tiny models
+
+
+@pytest.fixture(params=NATIVE)
+def native_base(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return build_tiny(request.param)
+
+
+def started(base: PreTrainedModel, heads: Sequence[ExitHead] = ()) -> NativePass:
+    return NativePass(NativeModel(BaseShell(base), heads))
+
+
+def behind(lengths: Sequence[int], nodes: int, first: Sequence[int] | None = None) -> Placement:
+    """Chains of `nodes` nodes behind settled slots."""
+    length = np.array(lengths, np.int64)
+    start = np.zeros_like(length) if first is None else np.array(first, np.int64)
+    tree = np.broadcast_to(np.tril(np.ones((nodes, nodes), np.bool_)), (len(length), nodes, nodes))
+    positions = (length - start)[:, None] + np.arange(nodes)[None]
+    return Placement(start, length, positions, np.ascontiguousarray(tree))
+
+
+def tree_behind(length: int) -> Placement:
+    """The tree of `PATHS` behind settled slots of one row."""
+    tree = np.zeros((1, len(PATHS), len(PATHS)), np.bool_)
+    for node, path in enumerate(PATHS):
+        tree[0, node, list(path)] = True
+    positions = np.array([[length + len(path) - 1 for path in PATHS]], np.int64)
+    zero = np.zeros(1, np.int64)
+    return Placement(zero, zero + length, positions, tree)
+
+
+def logits_of(run: NativePass, ids: Tensor, at: Placement) -> Tensor:
+    hidden = run.layers(run.embed(ids, at.positions), at, 0, run.num_layers)
+    return run.logits(hidden)
+
+
+@torch.no_grad()
+def prompted(base: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
+    cache = DynamicCache(config=base.config)
+    given = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
+    if mask is not None:
+        given.update(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    base(**given)
+    return cache
+
+
+@torch.no_grad()
+def by_the_base(base: PreTrainedModel, ids: Tensor) -> Tensor:
+    return base(input_ids=ids, use_cache=False).logits
+
+
+def test_a_chain_behind_a_loaded_prompt_is_the_bases_own_forward(
+    native_base: PreTrainedModel,
+) -> None:
+    ids = prompt(2, LENGTH + 5)
+    run = started(native_base)
+    length = run.load(prompted(native_base, ids[:, :LENGTH]))
+    assert length.tolist() == [LENGTH, LENGTH]
+    found = [logits_of(run, ids[:, LENGTH : LENGTH + 2], behind(length, 2))]
+    found.append(logits_of(run, ids[:, LENGTH + 2 :], behind(length + 2, 3)))
+    expected = by_the_base(native_base, ids)[:, LENGTH:]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_path_of_a_tree_is_the_bases_own_forward_of_it_and_the_accepted_one_stays(
+    native_base: PreTrainedModel,
+) -> None:
+    ids, nodes = prompt(1, LENGTH), prompt(1, len(PATHS), seed=1)
+    run = started(native_base)
+    run.load(prompted(native_base, ids))
+    found = logits_of(run, nodes, tree_behind(LENGTH))
+    for node, path in enumerate(PATHS):
+        text = torch.cat([ids, nodes[:, list(path)]], 1)
+        expected = by_the_base(native_base, text)[:, -1]
+        torch.testing.assert_close(found[:, node], expected, rtol=1e-4, atol=1e-4)
+    run.keep(BASE, np.array([LENGTH]), np.array([PATHS[-1]]), np.array([3]))
+    following = prompt(1, 2, seed=2)
+    text = torch.cat([ids, nodes[:, list(PATHS[-1])], following], 1)
+    found = logits_of(run, following, behind([LENGTH + 3], 2))
+    expected = by_the_base(native_base, text)[:, -2:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_the_left_and_ragged_rows_change_nothing(native_base: PreTrainedModel) -> None:
+    ids, short = prompt(2, LENGTH), 4
+    mask = torch.ones_like(ids)
+    mask[1, :short] = 0
+    run = started(native_base)
+    run.load(prompted(native_base, ids, mask))
+    nodes = prompt(2, 3, seed=1)
+    # The first row settles two nodes, the second none: their slots part.
+    logits_of(run, nodes[:, :2], behind([LENGTH, LENGTH], 2, first=[0, short]))
+    at = behind([LENGTH + 2, LENGTH], 3, first=[0, short])
+    found = logits_of(run, nodes, at)
+    texts = (torch.cat([ids[:1], nodes[:1, :2], nodes[:1]], 1), torch.cat([ids, nodes], 1)[1:])
+    for row, text in enumerate((texts[0], texts[1][:, short:])):
+        expected = by_the_base(native_base, text)[0, -3:]
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_stored_continues_in_the_base(native_base: PreTrainedModel) -> None:
+    ids = prompt(2, LENGTH + 4)
+    cache = prompted(native_base, ids[:, :LENGTH])
+    run = started(native_base)
+    length = run.load(cache)
+    logits_of(run, ids[:, LENGTH : LENGTH + 3], behind(length, 3))
+    run.store(cache, length + 3)
+    assert cache.get_seq_length() == LENGTH + 3
+    with torch.no_grad():
+        found = native_base(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+    expected = by_the_base(native_base, ids)[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", _core.pass_kernels())
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_have_the_same_bits_alone_and_in_company(
+    name: str, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEDAC_KERNEL", kernel)
+    base = build_tiny(name, dtype=dtype)
+    model = NativeModel(BaseShell(base))
+    assert model.parts().base.kernel == kernel
+    ids, nodes = prompt(3, LENGTH), prompt(3, len(PATHS), seed=1)
+    one = tree_behind(LENGTH)
+    together = NativePass(model)
+    together.begin(3)
+    logits_of(together, ids, behind([0] * 3, LENGTH))
+    many = Placement(
+        *(np.repeat(a, 3, 0) for a in (one.first, one.length, one.positions, one.tree))
+    )
+    found = logits_of(together, nodes, many)
+    for row in range(3):
+        for node, path in enumerate(PATHS):
+            alone = NativePass(model)
+            alone.begin(1)
+            text = torch.cat([ids[row], nodes[row, list(path)]])[None]
+            for place in range(text.shape[1]):
+                last = logits_of(alone, text[:, place : place + 1], behind([place], 1))
+            assert torch.equal(last[0, 0], found[row, node])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_layers_in_two_calls_have_the_bits_of_one(dtype: torch.dtype) -> None:
+    base = build_tiny("qwen3", dtype=dtype)
+    run, at, ids = started(base), behind([0], 5), prompt(1, 5)
+    run.begin(1)
+    whole = run.layers(run.embed(ids, at.positions), at, 0, 4)
+    run.begin(1)
+    half = run.layers(run.embed(ids, at.positions), at, 0, 1)
+    assert torch.equal(run.layers(half, at, 1, 4), whole)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", NATIVE)
+def test_halves_are_admitted_and_near_the_base(name: str, dtype: torch.dtype) -> None:
+    base = build_tiny(name, dtype=dtype)
+    ids = prompt(1, LENGTH)
+    run = started(base)
+    run.begin(1)
+    found = logits_of(run, ids, behind([0], LENGTH))
+    exact = by_the_base(copy.deepcopy(base).float(), ids)
+    theirs = by_the_base(base, ids).float()
+    # No further from the float32 model than the base's own rounding, with some room.
+    assert float((found - exact).norm()) <= 1.5 * float((theirs - exact).norm())
+
+
+def moved(head: ExitHead) -> ExitHead:
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return head
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_exit_blocks_run_natively_with_kv_of_their_own(name: str) -> None:
+    base = build_tiny(name)
+    shell = BaseShell(base)
+    specs = (CheckpointSpec(0, feedback=True), CheckpointSpec(1, num_layers=2))
+    heads = [moved(build_exit_head(spec, shell)) for spec in specs]
+    run = started(base, heads)
+    run.begin(1)
+    ids = prompt(1, LENGTH)
+    with torch.no_grad():
+        hidden, calls = shell.prologue(input_ids=ids, use_cache=False)
+        feedback = torch.randn(1, LENGTH, WIDTH)
+        for k, head in enumerate(heads):
+            given = feedback if k == 0 else None
+            expected = head(hidden, calls[-1], None, 0, given)
+            parts = []
+            for start, stop in ((0, 5), (5, LENGTH)):
+                own = None if given is None else given[:, start:stop]
+                at = behind([start], stop - start)
+                parts.append(run.head(k, hidden[:, start:stop], own, at))
+            torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_kv_of_exit_blocks_come_with_the_cache() -> None:
+    base = build_tiny("llama")
+    shell = BaseShell(base)
+    heads = [moved(build_exit_head(CheckpointSpec(0), shell))]
+    layout = ExitCache(shell.num_layers, heads)
+    ids = prompt(1, LENGTH)
+    cache = DynamicCache(config=base.config)
+    layout.attach(cache)
+    with torch.no_grad():
+        hidden, calls = shell.prologue(input_ids=ids, use_cache=False)
+        expected = heads[0](hidden, calls[-1], None)
+        base(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
+        _, past = shell.prologue(input_ids=ids[:, :-1], use_cache=False)
+        heads[0].fill(hidden[:, :-1], past[-1], cache, layout.first_layer[0])
+    run = started(base, heads)
+    length = run.load(cache)
+    found = run.head(0, hidden[:, -1:], None, behind(length, 1))
+    torch.testing.assert_close(found, expected[:, -1:], rtol=1e-4, atol=1e-4)
+    run.layers(hidden[:, -1:], behind(length, 1), 0, 4)
+    run.store(cache, length + 1)
+    assert [cache.get_seq_length(i) for i in range(5)] == [LENGTH] * 5
+
+
+def test_a_lens_and_the_draft_vocabulary_agree_with_torch(llama: PreTrainedModel) -> None:
+    shell = BaseShell(llama)
+    lens = moved(build_exit_head(CheckpointSpec(0, head="lens", lens_rank=3), shell))
+    draft = torch.nn.Linear(WIDTH, 7, bias=False)
+    run = NativePass(NativeModel(shell, [lens]), draft)
+    hidden = torch.randn(1, 3, WIDTH)
+    run.begin(1)
+    with torch.no_grad():
+        torch.testing.assert_close(run.head(0, hidden, None, behind([0], 3)), lens(hidden))
+        expected = draft(llama.model.norm(hidden))
+    torch.testing.assert_close(run.draft_logits(hidden), expected)
+    torch.testing.assert_close(started(llama).draft_logits(hidden), shell.logits(hidden))
+
+
+def test_weights_changed_in_place_or_replaced_are_noticed(llama: PreTrainedModel) -> None:
+    run, at, ids = started(llama), behind([0], 4), prompt(1, 4)
+    run.begin(1)
+    before = logits_of(run, ids, at)
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+        llama.model.norm.weight.add_(0.3)
+    changed = logits_of(run, ids, at)
+    assert not torch.allclose(changed, before)
+    torch.testing.assert_close(changed, by_the_base(llama, ids), rtol=1e-4, atol=1e-4)
+    fresh = build_tiny("llama", seed=5)
+    llama.model.layers[0].self_attn.q_proj = fresh.model.layers[0].self_attn.q_proj
+    run.load(prompted(llama, ids))
+    found = logits_of(run, ids[:, :1], behind([4], 1))
+    expected = by_the_base(llama, torch.cat([ids, ids[:, :1]], 1))[:, -1:]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_nan_stays_in_its_row(llama: PreTrainedModel) -> None:
+    run, at = started(llama), behind([0, 0], 3)
+    run.begin(2)
+    hidden = torch.randn(2, 3, WIDTH)
+    hidden[0, 0, 5] = float("nan")
+    logits = run.logits(run.layers(hidden, at, 0, 4))
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+def test_other_models_are_refused_with_a_reason() -> None:
+    def reason(base: PreTrainedModel) -> str:
+        found = NativeModel(BaseShell(base)).reason
+        assert found is not None
+        return found
+
+    assert "rotary" in reason(build_tiny("gpt2"))
+    assert "self_attn" in reason(build_tiny("gpt_neox"))
+    assert "experts" in reason(build_tiny("mixtral"))
+    assert "float64" in reason(build_tiny("llama", dtype=torch.float64))
+    assert "training" in reason(build_tiny("llama").train())
+    assert "meta" in reason(build_tiny("llama").to("meta"))
+
+
+def test_hooks_and_adapters_are_refused_and_admitted_again_when_gone(
+    llama: PreTrainedModel,
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = NativeModel(BaseShell(llama))
+    run = NativePass(model)
+    hook = llama.model.layers[2].mlp.register_forward_hook(lambda *_: None)
+    assert "hook" in str(model.reason)
+    with pytest.raises(NotNativeError, match="hook"):
+        run.load(prompted(llama, prompt(1, 3)))
+    hook.remove()
+    assert model.reason is None
+    adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "q_proj is a Linear" in str(model.reason)
+    adapted.unload()
+    assert model.reason is None
+
+
+def test_a_base_that_computes_something_else_is_found_out_by_numbers(
+    llama: PreTrainedModel,
+) -> None:
+    class Other(type(llama.model.layers[1].mlp)):  # type: ignore[misc]
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    llama.model.layers[1].mlp.__class__ = Other
+    assert "layer 1 computes something else" in str(NativeModel(BaseShell(llama)).reason)
+
+
+def test_an_unknown_kernel_is_an_error(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEDAC_KERNEL", "mmx")
+    with pytest.raises(ValueError, match="scalar"):
+        NativePass(NativeModel(BaseShell(llama)))
+
+
+def test_a_pass_without_rows_says_what_to_do(llama: PreTrainedModel) -> None:
+    run = started(llama)
+    with pytest.raises(NotNativeError, match="load or begin"):
+        run.layers(torch.randn(1, 1, WIDTH), behind([0], 1), 0, 1)
+    with pytest.raises(NotNativeError, match="empty"):
+        run.load(DynamicCache(config=llama.config))
+
+
+def test_sixteen_threads_at_once_each_get_their_own_result(llama: PreTrainedModel) -> None:
+    model = NativeModel(BaseShell(llama))
+    found: dict[int, Tensor] = {}
+
+    def work(seed: int) -> None:
+        # Thread counts are per thread of torch's caller; three make the pool work.
+        torch.set_num_threads(3)
+        run = NativePass(model)
+        run.begin(1)
+        found[seed] = logits_of(run, prompt(1, 9, seed), behind([0], 9))
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    torch.set_num_threads(1)
+    for seed in range(16):
+        run = NativePass(model)
+        run.begin(1)
+        assert torch.equal(found[seed], logits_of(run, prompt(1, 9, seed), behind([0], 9)))
+
+
+def _in_child(queue: multiprocessing.Queue[list[float]], base: PreTrainedModel) -> None:
+    torch.set_num_threads(2)
+    run = started(base)
+    run.begin(1)
+    queue.put(logits_of(run, prompt(1, 4), behind([0], 4)).flatten().tolist())
+
+
+def test_a_forked_child_works_although_the_parents_threads_are_not_there(
+    llama: PreTrainedModel,
+) -> None:
+    context = multiprocessing.get_context("fork")
+    run, at = started(llama), behind([0], 4)
+    run.begin(1)
+    torch.set_num_threads(2)
+    try:
+        expected = logits_of(run, prompt(1, 4), at).flatten().tolist()
+        queue: multiprocessing.Queue[list[float]] = context.Queue()
+        child = context.Process(target=_in_child, args=(queue, llama))
+        child.start()
+        assert queue.get(timeout=60) == expected
+        child.join(timeout=60)
+        assert child.exitcode == 0
+    finally:
+        torch.set_num_threads(1)

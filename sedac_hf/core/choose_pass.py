@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,14 +14,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.core.native_model import NativeModel
+from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import Placement, RowPass
-from sedac_hf.errors import UnsupportedModelError
+from sedac_hf.errors import NotNativeError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.decoder_loop import ExitParts
 
 __all__ = ["PassChoice", "choose_pass", "module_pass_reason"]
+
+logger = logging.getLogger(__name__)
 
 # A small tree: two paths of different lengths from a common root.
 _PARENTS_SEEN = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 0, 1, 0), (1, 1, 0, 1))
@@ -34,7 +40,7 @@ class PassChoice:
     """What runs the layers for loops that draft, settle or verify.
 
     Attributes:
-        name: `"modules"`, or `"none"` when nothing can.
+        name: `"native"`, `"modules"`, or `"none"` when nothing can.
         reason: Why nothing better serves this model; empty when nothing is to be said.
         build: Makes a pass for one call of `generate` from the parts as they are for that call;
             None when nothing can.
@@ -51,10 +57,24 @@ def choose_pass(parts: ExitParts) -> PassChoice:
     Args:
         parts: What exits are made of, brought up to date.
     """
-    reason = module_pass_reason(parts)
-    if reason is not None:
-        return PassChoice("none", reason, None)
-    return PassChoice("modules", "", ModulePass)
+    native = NativeModel(parts.shell, parts.heads)
+    reason = native.reason
+    if reason is None:
+        return PassChoice("native", "", partial(_native_or_modules, native))
+    if (modules := module_pass_reason(parts)) is not None:
+        return PassChoice("none", modules, None)
+    return PassChoice("modules", reason, ModulePass)
+
+
+def _native_or_modules(native: NativeModel, parts: ExitParts) -> RowPass:
+    """The native pass, unless the base has changed (an adapter, a hook) since it was admitted."""
+    try:
+        return NativePass(native, parts.draft.linear)
+    except NotNativeError as error:
+        if module_pass_reason(parts) is not None:
+            raise
+        logger.warning("This call runs on the base's own modules: %s", error)
+        return ModulePass(parts)
 
 
 @torch.no_grad()

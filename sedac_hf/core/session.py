@@ -240,9 +240,9 @@ class ExitSession:
     origins: list[str] = field(default_factory=list)
 
     @property
-    def waits(self) -> bool:
-        """Whether the tail of some tokens is run later than those tokens are chosen."""
-        return self.mode == "exact" or (self.settles and self.cascade is not None)
+    def on_pass(self) -> bool:
+        """Whether the call can be decoded by loops over a pass of its own."""
+        return self.mode in ("exact", "plain") or (self.settles and self.cascade is not None)
 
     def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
         """Take the pending record into the list.

@@ -43,7 +43,7 @@ class ExactDecoding(ModeControl):
         """Greedy search and sampling; as transformers does it where exact mode cannot serve."""
         own: Any = super()
         session = active_session(self)
-        if session is not None and session.waits:
+        if session is not None and session.on_pass:
             call = ExactCall(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
             )
@@ -54,7 +54,9 @@ class ExactDecoding(ModeControl):
                 reason = reason or why_not(call, model_kwargs)
             if reason is None and session.mode == "exact":
                 return self._decode_exactly(session, choice, call, model_kwargs)
-            if reason is None and choice.build is not None:
+            # Without exits there is nothing to gain but the native pass.
+            gains = session.mode != "plain" or choice.name == "native"
+            if reason is None and gains and choice.build is not None:
                 run = choice.build(self.assembly.parts)
                 return decode_settled(self, session, run, call, model_kwargs)
             if session.mode == "exact":

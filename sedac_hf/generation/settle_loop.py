@@ -1,4 +1,7 @@
-"""Certified decoding with settled exits: a token that leaves is final, its tail is run later."""
+"""Decoding over a pass with settled exits: a token that leaves is final, its tail is run later.
+
+Without a cascade nothing leaves: then this is the plain loop.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ class SettleLoop:
         Args:
             run: Runs layers and heads.
             parts: What exits are made of.
-            session: The call; records of its steps are committed to it.
+            session: The call, with or without a cascade; records of its steps are committed to it.
             state: Where the rows stand.
             texts: The rows' texts.
             chooser: Draws tokens.
@@ -61,7 +64,6 @@ class SettleLoop:
             max_pending: Tokens that may wait for their tails.
             keeps_states: Whether `settle` will be asked for the states of all tokens.
         """
-        assert session.cascade is not None
         self._run = run
         self._parts = parts
         self._session = session
@@ -70,9 +72,10 @@ class SettleLoop:
         self._chooser = chooser
         self._last = last
         self._max_pending = max_pending
-        self._temperatures = [layer.temperature for layer in session.cascade.config.layers]
+        rules = () if session.cascade is None else session.cascade.config.layers
+        self._temperatures = [layer.temperature for layer in rules]
         # Heads that have not followed the prompt cannot be asked.
-        heads = parts.heads if session.in_step else ()
+        heads = parts.heads if session.in_step and rules else ()
         self._queues = [HeadQueue(run, k, h.spec.feedback, state) for k, h in enumerate(heads)]
         self._stops = [head.layer_idx + 1 for head in heads]
         self._open = OpenNodes(run, state, self._stops, self._queues)
@@ -109,6 +112,11 @@ class SettleLoop:
         """Each row's state for the final norm, and what was decided."""
         tokens = torch.from_numpy(self._tokens[:, None].copy())
         hidden = self._open.add(tokens, self._last)
+        if not self._stops:
+            rows, parts = self._state.rows, self._parts
+            return self._finish(), StepRecord.full_depth(
+                rows, parts.shell.num_layers, len(parts.heads)
+            )
         step = ExitStep(self._parts, self._session, hidden, None, self._texts.done)
         for k, stop in enumerate(self._stops):
             hidden = self._open.advance(stop)

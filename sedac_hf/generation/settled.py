@@ -1,4 +1,4 @@
-"""Certified mode inside `generate` where exits are settled."""
+"""Certified mode with settled exits, and plain mode, over a pass inside `generate`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def decode_settled(
 
     Args:
         model: The wrapped model.
-        session: The call; certified, with a cascade.
+        session: The call; certified with a cascade, or plain.
         run: Runs layers and heads.
         call: What transformers handed over.
         model_kwargs: What transformers carries from step to step.

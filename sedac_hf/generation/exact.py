@@ -57,8 +57,7 @@ class ExactDecoding(ModeControl):
             # Without exits there is nothing to gain but the native pass.
             gains = session.mode != "plain" or choice.name == "native"
             if reason is None and gains and choice.build is not None:
-                run = choice.build(self.assembly.parts)
-                return decode_settled(self, session, run, call, model_kwargs)
+                return decode_settled(self, session, choice, call, model_kwargs)
             if session.mode == "exact":
                 session.drafted = DraftStats()
                 session.drafted.reason = reason or ""
@@ -98,9 +97,8 @@ class ExactDecoding(ModeControl):
         cache = cache_of(model_kwargs)
         parts = self.assembly.parts
         parts = replace(parts, draft=parts.draft.extended(call.input_ids))
-        assert choice.build is not None
-        run = choice.build(parts)
-        state = rows_behind(model_kwargs, run.load(cache))
+        run, length = choice.begin(parts, cache)
+        state = rows_behind(model_kwargs, length)
         texts = RowTexts(
             call.input_ids, call.criteria, call.config, call.streamer, state.first, session.origins
         )

@@ -14,7 +14,7 @@ from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settle_loop import SettleLoop
 
 if TYPE_CHECKING:
-    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.core.choose_pass import PassChoice
     from sedac_hf.core.session import ExitSession
     from sedac_hf.generation.exact_call import ExactCall
 
@@ -23,14 +23,18 @@ __all__ = ["decode_settled"]
 
 @torch.no_grad()
 def decode_settled(
-    model: Any, session: ExitSession, run: RowPass, call: ExactCall, model_kwargs: dict[str, Any]
+    model: Any,
+    session: ExitSession,
+    choice: PassChoice,
+    call: ExactCall,
+    model_kwargs: dict[str, Any],
 ) -> Any:
     """Read the prompt by the ordinary forward, then let tokens leave and settle them later.
 
     Args:
         model: The wrapped model.
         session: The call; certified with a cascade, or plain.
-        run: Runs layers and heads.
+        choice: What runs layers and heads.
         call: What transformers handed over.
         model_kwargs: What transformers carries from step to step.
 
@@ -44,7 +48,8 @@ def decode_settled(
     del outputs
     cache = cache_of(model_kwargs)
     parts = model.assembly.parts
-    state = rows_behind(model_kwargs, run.load(cache))
+    run, length = choice.begin(parts, cache)
+    state = rows_behind(model_kwargs, length)
     texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
     last = model._last_state(cache, state.rows)

@@ -53,6 +53,12 @@ class Eager(Governor):
 
 
 @pytest.fixture(autouse=True)
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run on the base's own modules; tests of the native pass have files of their own."""
+    monkeypatch.setenv("SEDAC_PASS", "modules")
+
+
+@pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
     def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
         return Eager(head is not None)

@@ -59,16 +59,19 @@ class _Block:
     """K and V of some layers of one shape, `[layers, rows, heads, slots, width]` each."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._set(keys, values)
+
+    def _set(self, keys: Tensor, values: Tensor) -> None:
         self.keys = keys
         self.values = values
+        # Made once: a view for each layer at each step is a cost of its own.
+        self.layers = list(zip(keys.unbind(0), values.unbind(0), strict=True))
 
-    def reserve(self, slots: int) -> bool:
-        """Make room for `slots`; whether storage was replaced."""
-        if slots <= self.keys.shape[3]:
-            return False
-        room = -(-slots // _CHUNK) * _CHUNK
-        self.keys, self.values = _grown(self.keys, room), _grown(self.values, room)
-        return True
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots`."""
+        if slots > self.keys.shape[3]:
+            room = -(-slots // _CHUNK) * _CHUNK
+            self._set(_grown(self.keys, room), _grown(self.values, room))
 
     def move(self, rows: Tensor, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` of some rows to slots `target`, both `[rows, n]`."""
@@ -122,16 +125,16 @@ class RowLayer(CacheLayerMixin):
         block = self.block
         assert block is not None
         block.reserve(writing.top)
-        keys, values = block.keys[self.place], block.values[self.place]
+        keys, values = block.layers[self.place]
         if writing.start is not None:
-            stop = writing.start + key_states.shape[2]
-            keys[:, :, writing.start : stop] = key_states
-            values[:, :, writing.start : stop] = value_states
+            nodes = key_states.shape[2]
+            keys.narrow(2, writing.start, nodes).copy_(key_states)
+            values.narrow(2, writing.start, nodes).copy_(value_states)
         else:
             rows, slots = writing.rows.to(keys.device), writing.slots.to(keys.device)
             keys[rows, :, slots] = key_states.transpose(1, 2)
             values[rows, :, slots] = value_states.transpose(1, 2)
-        return keys[:, :, : writing.top], values[:, :, : writing.top]
+        return keys.narrow(2, 0, writing.top), values.narrow(2, 0, writing.top)
 
     def get_seq_length(self) -> int:
         """Slots before those of the running call."""
@@ -210,10 +213,8 @@ class RowCache(Cache):
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V of some slots of a layer, `[rows, heads, stop - start, width]`."""
         kept = self.layers[layer]
-        return (
-            kept.block.keys[kept.place][:, :, start:stop],
-            kept.block.values[kept.place][:, :, start:stop],
-        )
+        keys, values = kept.block.layers[kept.place]
+        return keys[:, :, start:stop], values[:, :, start:stop]
 
 
 def _room_for(like: Tensor, layers: int, room: int) -> Tensor:

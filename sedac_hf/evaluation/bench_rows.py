@@ -103,10 +103,11 @@ def _exits(counts: Mapping[str, Any]) -> dict[str, Any]:
     drafts = counts.get("drafts") or {}
     offered = drafts.get("offered")
     # Where tails are not counted, each token that did not leave took one of its own.
-    tails = drafts.get("row_passes") or counts.get("tails") or tokens - left
+    tails = counts.get("tails") or tokens - left
+    shared = tokens / tails if tails else 1.0
     return {
         "acceptance": drafts["accepted"] / offered if offered else None,
-        "tokens_per_tail_pass": tokens / tails if tails else 1.0,
+        "tokens_per_tail_pass": drafts.get("tokens_per_pass") or shared,
         "exit_share": left / tokens if tokens else 0.0,
     }
 

@@ -81,7 +81,7 @@ class SettleLoop:
         self._open = OpenNodes(run, state, self._stops, self._queues)
         self._tokens = np.zeros(state.rows, np.int64)
         self._outputs: list[Tensor] | None = [] if keeps_states else None
-        self.tails = 0  # times that the last layer was run for a row
+        self.tails = state.rows  # times that the last layer was run for a row, the prompt's once
 
     def decode(self, logits: Tensor) -> None:
         """Go on until every row has stopped.

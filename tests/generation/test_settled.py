@@ -102,7 +102,7 @@ def test_tails_are_shared_by_up_to_max_pending_tokens(most, monkeypatch):
     monkeypatch.setattr("sedac_hf.generation.settled.SettleLoop", Spy)
     model.generate(ids, sedac_mode="certified", **GIVEN)
     # The first new token comes from the prompt; all the others leave.
-    assert loops[0].tails == (GIVEN["max_new_tokens"] - 1) // (most + 1)
+    assert loops[0].tails == 1 + (GIVEN["max_new_tokens"] - 1) // (most + 1)
 
 
 def test_keys_and_values_that_are_handed_back_are_those_of_the_base():

@@ -281,9 +281,7 @@ impl Item<'_> {
             // Neighbouring nodes of one chunk go together, as in a chain.
             let slot = self.at.length[self.row] + nodes[index];
             let room = (CHUNK - slot % CHUNK).min(nodes.len() - index);
-            let steps = (1..room)
-                .find(|&i| nodes[index + i] != nodes[index] + i)
-                .unwrap_or(room);
+            let steps = (1..room).find(|&i| nodes[index + i] != nodes[index] + i).unwrap_or(room);
             let values = chunks[slot / CHUNK].values::<E>(shape, self.head, slot % CHUNK);
             for step in 0..shape.padded() / STEP {
                 let work = Panel {
@@ -327,12 +325,7 @@ pub(crate) fn needed_blocks(
 }
 
 /// Joins the blocks of one query in order into `out`, `[dim]`.
-pub(crate) fn join(
-    parts: &[f32],
-    blocks: std::ops::Range<usize>,
-    padded: usize,
-    out: &mut [f32],
-) {
+pub(crate) fn join(parts: &[f32], blocks: std::ops::Range<usize>, padded: usize, out: &mut [f32]) {
     let size = padded + 2;
     let part = |block: usize| &parts[block * size..][..size];
     // A block of which the query sees nothing has no weight; one with NaN has a sum of NaN.

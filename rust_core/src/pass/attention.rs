@@ -142,15 +142,13 @@ impl Item<'_> {
                 let node = query / self.how.group;
                 let seen = &self.at.seen[self.row * self.at.nodes + node];
                 let own_weights = &mut weights[query * BLOCK..][..BLOCK];
-                let inside = slots.len();
-                let skip = slots.start % STEP;
+                let (inside, skip) = (slots.len(), slots.start % STEP);
                 if inside > 0 {
                     let scores = &scores[query * stride + skip..][..inside];
                     own_weights[..inside].copy_from_slice(scores);
                 }
                 let mut count = inside;
-                let picked = picks(seen, settled, low, high);
-                for &node in picked {
+                for &node in picks(seen, settled, low, high) {
                     let place = open_slots.start % STEP + node;
                     own_weights[count] = open[query * open_stride + place];
                     count += 1;

@@ -1,4 +1,4 @@
-"""Native passes over tiny models, where their nodes stand, and the base's own forward beside them."""
+"""Native passes over tiny models, and the base's own forward beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-//! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies and certification.
+//! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies, certification
+//! and the decode pass.
 //!
 //! Plain Rust on slices; the bindings for Python live behind the feature `python`.
 //!

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,7 +65,7 @@ def memory_bandwidth(size: int = 1 << 28, rounds: int = 20) -> float:
         rounds: Rounds, of which the fastest counts, part by part.
     """
     parts = torch.ones(size // 8, dtype=torch.int64).chunk(32)
-    [best] = _fastest([[lambda part=part: part.sum() for part in parts]], rounds)
+    [best] = _fastest([[part.sum for part in parts]], rounds)
     return size / best
 
 
@@ -128,10 +129,11 @@ def _native_parts(
     depth = run.num_layers
     # The first call makes room; what stands in the settled slots does not matter to the time.
     final = run.layers(states, at, 0, depth)
-    parts: list[Callable[[], object]] = [
-        lambda start=start: run.layers(states, at, start, min(start + _GROUP, depth))
-        for start in range(0, depth, _GROUP)
-    ]
+
+    def group(start: int) -> Tensor:
+        return run.layers(states, at, start, min(start + _GROUP, depth))
+
+    parts: list[Callable[[], object]] = [partial(group, i) for i in range(0, depth, _GROUP)]
     parts.append(lambda: run.logits(final))
     return parts, run.nbytes
 
@@ -160,9 +162,8 @@ def _torch_parts(shell: BaseShell, context: int, nodes: int) -> list[Callable[[]
                 layer.cumulative_length = context
         return state
 
-    parts: list[Callable[[], object]] = [
-        lambda start=start: group(start) for start in range(0, shell.num_layers, _GROUP)
-    ]
+    depth = shell.num_layers
+    parts: list[Callable[[], object]] = [partial(group, i) for i in range(0, depth, _GROUP)]
     parts.append(lambda: shell.logits(hidden))
     return parts
 
@@ -225,7 +226,8 @@ def run(
         raise SedacError(f"dtype {dtype!r} is not known, expected one of {sorted(_DTYPES)}.")
     if threads > 0:
         torch.set_num_threads(threads)
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype]).eval()
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype])
+    base.eval()
     counts = [[int(part) for part in text.split(",")] for text in (nodes, contexts)]
     timings = time_passes(base, *counts, rounds=rounds, with_torch=with_torch)
     console = Console()

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
-import threading
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sedac_hf import _core
@@ -22,7 +18,17 @@ from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import BASE, Placement
 from sedac_hf.errors import NotNativeError
-from tests.tiny_models import WIDTH, WINDOW, build_tiny, prompt
+from tests.native import (
+    LENGTH,
+    PATHS,
+    behind,
+    by_the_base,
+    logits_of,
+    prompted,
+    started,
+    tree_behind,
+)
+from tests.tiny_models import WIDTH, build_tiny, prompt
 
 NATIVE = (
     "llama",
@@ -36,57 +42,11 @@ NATIVE = (
     "smollm3",
 )
 HALVES = (torch.bfloat16, torch.float16)
-# Two roots; node 2 follows the first, 3 and 4 the second, 5 follows 4.
-PATHS = ((0,), (1,), (0, 2), (1, 3), (1, 4), (1, 4, 5))
-LENGTH = WINDOW + 3  # beyond the windows of the tiny models
 
 
 @pytest.fixture(params=NATIVE)
 def native_base(request: pytest.FixtureRequest) -> PreTrainedModel:
     return build_tiny(request.param)
-
-
-def started(base: PreTrainedModel, heads: Sequence[ExitHead] = ()) -> NativePass:
-    return NativePass(NativeModel(BaseShell(base), heads))
-
-
-def behind(lengths: Sequence[int], nodes: int, first: Sequence[int] | None = None) -> Placement:
-    """Chains of `nodes` nodes behind settled slots."""
-    length = np.array(lengths, np.int64)
-    start = np.zeros_like(length) if first is None else np.array(first, np.int64)
-    tree = np.broadcast_to(np.tril(np.ones((nodes, nodes), np.bool_)), (len(length), nodes, nodes))
-    positions = (length - start)[:, None] + np.arange(nodes)[None]
-    return Placement(start, length, positions, np.ascontiguousarray(tree))
-
-
-def tree_behind(length: int) -> Placement:
-    """The tree of `PATHS` behind settled slots of one row."""
-    tree = np.zeros((1, len(PATHS), len(PATHS)), np.bool_)
-    for node, path in enumerate(PATHS):
-        tree[0, node, list(path)] = True
-    positions = np.array([[length + len(path) - 1 for path in PATHS]], np.int64)
-    zero = np.zeros(1, np.int64)
-    return Placement(zero, zero + length, positions, tree)
-
-
-def logits_of(run: NativePass, ids: Tensor, at: Placement) -> Tensor:
-    hidden = run.layers(run.embed(ids, at.positions), at, 0, run.num_layers)
-    return run.logits(hidden)
-
-
-@torch.no_grad()
-def prompted(base: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> DynamicCache:
-    cache = DynamicCache(config=base.config)
-    given = {"input_ids": ids, "past_key_values": cache, "use_cache": True}
-    if mask is not None:
-        given.update(attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
-    base(**given)
-    return cache
-
-
-@torch.no_grad()
-def by_the_base(base: PreTrainedModel, ids: Tensor) -> Tensor:
-    return base(input_ids=ids, use_cache=False).logits
 
 
 def test_a_chain_behind_a_loaded_prompt_is_the_bases_own_forward(
@@ -273,24 +233,6 @@ def test_a_lens_and_the_draft_vocabulary_agree_with_torch(llama: PreTrainedModel
     torch.testing.assert_close(started(llama).draft_logits(hidden), shell.logits(hidden))
 
 
-def test_weights_changed_in_place_or_replaced_are_noticed(llama: PreTrainedModel) -> None:
-    run, at, ids = started(llama), behind([0], 4), prompt(1, 4)
-    run.begin(1)
-    before = logits_of(run, ids, at)
-    with torch.no_grad():
-        llama.model.layers[1].mlp.up_proj.weight.mul_(1.5)
-        llama.model.norm.weight.add_(0.3)
-    changed = logits_of(run, ids, at)
-    assert not torch.allclose(changed, before)
-    torch.testing.assert_close(changed, by_the_base(llama, ids), rtol=1e-4, atol=1e-4)
-    fresh = build_tiny("llama", seed=5)
-    llama.model.layers[0].self_attn.q_proj = fresh.model.layers[0].self_attn.q_proj
-    run.load(prompted(llama, ids))
-    found = logits_of(run, ids[:, :1], behind([4], 1))
-    expected = by_the_base(llama, torch.cat([ids, ids[:, :1]], 1))[:, -1:]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_a_nan_stays_in_its_row(llama: PreTrainedModel) -> None:
     run, at = started(llama), behind([0, 0], 3)
     run.begin(2)
@@ -301,109 +243,9 @@ def test_a_nan_stays_in_its_row(llama: PreTrainedModel) -> None:
     assert logits[1].isfinite().all()
 
 
-def test_other_models_are_refused_with_a_reason() -> None:
-    def reason(base: PreTrainedModel) -> str:
-        found = NativeModel(BaseShell(base)).reason
-        assert found is not None
-        return found
-
-    assert "rotary" in reason(build_tiny("gpt2"))
-    assert "self_attn" in reason(build_tiny("gpt_neox"))
-    assert "experts" in reason(build_tiny("mixtral"))
-    assert "float64" in reason(build_tiny("llama", dtype=torch.float64))
-    assert "training" in reason(build_tiny("llama").train())
-    assert "meta" in reason(build_tiny("llama").to("meta"))
-
-
-def test_hooks_and_adapters_are_refused_and_admitted_again_when_gone(
-    llama: PreTrainedModel,
-) -> None:
-    peft = pytest.importorskip("peft")
-    model = NativeModel(BaseShell(llama))
-    run = NativePass(model)
-    hook = llama.model.layers[2].mlp.register_forward_hook(lambda *_: None)
-    assert "hook" in str(model.reason)
-    with pytest.raises(NotNativeError, match="hook"):
-        run.load(prompted(llama, prompt(1, 3)))
-    hook.remove()
-    assert model.reason is None
-    adapted = peft.get_peft_model(llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    assert "q_proj is a Linear" in str(model.reason)
-    adapted.unload()
-    assert model.reason is None
-
-
-def test_a_base_that_computes_something_else_is_found_out_by_numbers(
-    llama: PreTrainedModel,
-) -> None:
-    class Other(type(llama.model.layers[1].mlp)):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * super().forward(x)
-
-    llama.model.layers[1].mlp.__class__ = Other
-    assert "layer 1 computes something else" in str(NativeModel(BaseShell(llama)).reason)
-
-
-def test_an_unknown_kernel_is_an_error(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SEDAC_KERNEL", "mmx")
-    with pytest.raises(ValueError, match="scalar"):
-        NativePass(NativeModel(BaseShell(llama)))
-
-
 def test_a_pass_without_rows_says_what_to_do(llama: PreTrainedModel) -> None:
     run = started(llama)
     with pytest.raises(NotNativeError, match="load or begin"):
         run.layers(torch.randn(1, 1, WIDTH), behind([0], 1), 0, 1)
     with pytest.raises(NotNativeError, match="empty"):
         run.load(DynamicCache(config=llama.config))
-
-
-def test_sixteen_threads_at_once_each_get_their_own_result(llama: PreTrainedModel) -> None:
-    model = NativeModel(BaseShell(llama))
-    found: dict[int, Tensor] = {}
-
-    def work(seed: int) -> None:
-        # Thread counts are per thread of torch's caller; three make the pool work.
-        torch.set_num_threads(3)
-        run = NativePass(model)
-        run.begin(1)
-        found[seed] = logits_of(run, prompt(1, 9, seed), behind([0], 9))
-
-    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(16)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    torch.set_num_threads(1)
-    for seed in range(16):
-        run = NativePass(model)
-        run.begin(1)
-        assert torch.equal(found[seed], logits_of(run, prompt(1, 9, seed), behind([0], 9)))
-
-
-def _in_child(queue: multiprocessing.Queue[list[float]], base: PreTrainedModel) -> None:
-    torch.set_num_threads(2)
-    run = started(base)
-    run.begin(1)
-    queue.put(logits_of(run, prompt(1, 4), behind([0], 4)).flatten().tolist())
-
-
-def test_a_forked_child_works_although_the_parents_threads_are_not_there(
-    llama: PreTrainedModel,
-) -> None:
-    context = multiprocessing.get_context("fork")
-    run, at = started(llama), behind([0], 4)
-    run.begin(1)
-    torch.set_num_threads(2)
-    try:
-        expected = logits_of(run, prompt(1, 4), at).flatten().tolist()
-        queue: multiprocessing.Queue[list[float]] = context.Queue()
-        child = context.Process(target=_in_child, args=(queue, llama))
-        child.start()
-        assert queue.get(timeout=60) == expected
-        child.join(timeout=60)
-        assert child.exitcode == 0
-    finally:
-        torch.set_num_threads(1)

@@ -142,15 +142,13 @@ impl Item<'_> {
                 let node = query / self.how.group;
                 let seen = &self.at.seen[self.row * self.at.nodes + node];
                 let own_weights = &mut weights[query * BLOCK..][..BLOCK];
-                let inside = slots.len();
-                let skip = slots.start % STEP;
+                let (inside, skip) = (slots.len(), slots.start % STEP);
                 if inside > 0 {
                     let scores = &scores[query * stride + skip..][..inside];
                     own_weights[..inside].copy_from_slice(scores);
                 }
                 let mut count = inside;
-                let picked = picks(seen, settled, low, high);
-                for &node in picked {
+                for &node in picks(seen, settled, low, high) {
                     let place = open_slots.start % STEP + node;
                     own_weights[count] = open[query * open_stride + place];
                     count += 1;
@@ -281,9 +279,7 @@ impl Item<'_> {
             // Neighbouring nodes of one chunk go together, as in a chain.
             let slot = self.at.length[self.row] + nodes[index];
             let room = (CHUNK - slot % CHUNK).min(nodes.len() - index);
-            let steps = (1..room)
-                .find(|&i| nodes[index + i] != nodes[index] + i)
-                .unwrap_or(room);
+            let steps = (1..room).find(|&i| nodes[index + i] != nodes[index] + i).unwrap_or(room);
             let values = chunks[slot / CHUNK].values::<E>(shape, self.head, slot % CHUNK);
             for step in 0..shape.padded() / STEP {
                 let work = Panel {
@@ -327,12 +323,7 @@ pub(crate) fn needed_blocks(
 }
 
 /// Joins the blocks of one query in order into `out`, `[dim]`.
-pub(crate) fn join(
-    parts: &[f32],
-    blocks: std::ops::Range<usize>,
-    padded: usize,
-    out: &mut [f32],
-) {
+pub(crate) fn join(parts: &[f32], blocks: std::ops::Range<usize>, padded: usize, out: &mut [f32]) {
     let size = padded + 2;
     let part = |block: usize| &parts[block * size..][..size];
     // A block of which the query sees nothing has no weight; one with NaN has a sum of NaN.

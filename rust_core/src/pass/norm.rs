@@ -30,8 +30,9 @@ pub(crate) fn inverse_root(values: &[f32], eps: f32) -> f32 {
 /// Eight sums side by side, so that the order is fixed and vectors can be used.
 fn sum_of_squares(values: &[f32]) -> f32 {
     let mut lanes = [0.0_f32; 8];
-    let (whole, rest) = values.as_chunks::<8>();
-    for chunk in whole {
+    let chunks = values.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
         for lane in 0..8 {
             lanes[lane] += chunk[lane] * chunk[lane];
         }

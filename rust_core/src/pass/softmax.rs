@@ -46,8 +46,9 @@ fn weights(all: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f
     }
     all[..hidden].fill(0.0);
     let mut lanes = [0.0_f32; 8];
-    let (whole, rest) = all.as_chunks::<8>();
-    for chunk in whole {
+    let chunks = all.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
         for lane in 0..8 {
             lanes[lane] += chunk[lane];
         }
@@ -63,8 +64,9 @@ fn weights(all: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f
 fn greatest(scores: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; 8];
-    let (whole, rest) = scores.as_chunks::<8>();
-    for chunk in whole {
+    let chunks = scores.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
         for lane in 0..8 {
             lanes[lane] = larger(lanes[lane], chunk[lane]);
         }

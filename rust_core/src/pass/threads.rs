@@ -105,9 +105,8 @@ impl Pool {
         let helpers = &workers[..workers.len().min(threads - 1)];
         let rendezvous = Rendezvous::new(helpers.len() + 1, shares);
         // SAFETY: only the lifetime changes; nobody uses the job once `finish` has returned.
-        let program_ptr = unsafe {
-            std::mem::transmute::<*const Program<'_>, *const Program<'static>>(program)
-        };
+        let program_ptr =
+            unsafe { std::mem::transmute::<*const Program<'_>, *const Program<'static>>(program) };
         let job = Job { program: program_ptr, rendezvous: &raw const rendezvous };
         for helper in helpers {
             helper.give(job);

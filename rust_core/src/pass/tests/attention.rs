@@ -59,13 +59,12 @@ impl Case {
     /// What the definition says, in f64, of keys and values that are not rounded.
     fn exact(&self, token: usize, head: usize) -> Vec<f64> {
         let (row, kv) = (token / self.at.nodes, head / GROUP);
-        let query =
-            &self.queries[(token * SHAPE.heads * GROUP + head) * SHAPE.dim..][..SHAPE.dim];
+        let query = &self.queries[(token * SHAPE.heads * GROUP + head) * SHAPE.dim..][..SHAPE.dim];
         let mut seen: Vec<usize> = (self.at.first[row]..self.at.length[row]).collect();
         seen.extend(self.at.seen[token].iter().map(|open| self.at.length[row] + open));
         let skip = self.how.window.map_or(0, |window| seen.len().saturating_sub(window));
         let mut total = 0.0;
-        let mut sums = vec![0.0; SHAPE.dim];
+        let mut sums = [0.0; SHAPE.dim];
         for &slot in &seen[skip..] {
             let key = self.slot(&self.keys, row, slot, kv);
             let product = query.iter().zip(key).map(|(&a, &b)| f64::from(a) * f64::from(b));

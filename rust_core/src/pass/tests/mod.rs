@@ -47,7 +47,7 @@ impl Weights {
                 }
             }
         }
-        // A vector of u8 is aligned for u16 and f32 by every allocator in use; `matrix` checks.
+        // A vector of bytes is aligned for f32 by every allocator in use; `matrix` checks.
         Self { bytes, wide, rows, float }
     }
 

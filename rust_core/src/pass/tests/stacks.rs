@@ -190,9 +190,8 @@ fn rows_of_a_batch_have_the_bits_they_have_alone_whatever_their_padding() {
                 open: 1,
                 seen: vec![vec![0]; 3],
             };
-            let token = |row: usize| {
-                slot.checked_sub(first[row]).map_or(99, |index| texts[row][index])
-            };
+            let token =
+                |row: usize| slot.checked_sub(first[row]).map_or(99, |index| texts[row][index]);
             let tokens = [token(0), token(1), token(2)];
             let positions = first.iter().map(|&first| slot.saturating_sub(first));
             let found = model.run(&mut cache, &at, &tokens, &positions.collect::<Vec<_>>(), 2);

@@ -5,7 +5,6 @@ use super::super::kernel::Kernel;
 use super::super::team::Team;
 use super::super::threads;
 use super::stacks::{Model, bits, chain};
-use crate::error::CoreError;
 
 #[test]
 fn every_item_is_dealt_out_once_and_barriers_hold() {
@@ -32,12 +31,11 @@ fn every_item_is_dealt_out_once_and_barriers_hold() {
 fn a_panic_in_one_thread_is_an_error_and_the_pool_goes_on() {
     for size in [1, 3] {
         let program = |team: &Team<'_>| {
-            team.share(1, 1, |_| panic!("a fault on purpose"));
+            team.share(1, 1, |_| assert_eq!(team.size(), 0, "a fault on purpose"));
             team.wait()
         };
-        let Err(CoreError::Thread { reason }) = threads::run(size, 1, &program) else {
-            panic!("the fault went unnoticed");
-        };
+        let failed = threads::run(size, 1, &program).map_err(|error| error.to_string());
+        let reason = failed.unwrap_err();
         assert!(reason.contains("on purpose") || reason.contains("another thread"), "{reason}");
         threads::run(size, 1, &|team: &Team<'_>| team.wait()).unwrap();
     }

@@ -16,7 +16,7 @@ from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, check_cascade
 from sedac_hf.core.probe_inference import ProbeManager
-from sedac_hf.core.session import ExitSession
+from sedac_hf.core.session import ExitSession, ExitStats
 from sedac_hf.errors import ModeError
 
 __all__ = ["ModeControl"]
@@ -40,6 +40,7 @@ class ModeControl:
     probes: ProbeManager
     draft_vocabulary: Tensor | None
     shell: BaseShell
+    exit_stats: ExitStats
     _assembly: Assembly | None
     refused_modes: dict[str, str]
     exits_off_reason: str | None

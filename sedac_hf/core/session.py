@@ -82,6 +82,9 @@ class ExitStats:
 
     Attributes:
         drafts: What became of drafts in exact mode.
+        runs_on: What ran the layers in the last call of exact, plain or settled certified mode:
+            `"native"` (the Rust core), `"modules"` (the base's own), `"none"`, empty before.
+        runs_on_reason: Why it was not the native pass; empty when it was.
     """
 
     def __init__(self, num_layers: int, checkpoints: list[int]) -> None:
@@ -95,6 +98,7 @@ class ExitStats:
         self._checkpoints = list(checkpoints)
         self._lock = threading.Lock()
         self.drafts = DraftStats()
+        self.runs_on = self.runs_on_reason = ""
         self.reset()
 
     def reset(self) -> None:
@@ -174,6 +178,8 @@ class ExitStats:
             "exits_by_layer": self.exits_by_layer,
             "tries_by_layer": self.tries_by_layer,
             "tails": self.tails,
+            "runs_on": self.runs_on,
+            "runs_on_reason": self.runs_on_reason,
         }
         if self.drafts.passes or self.drafts.reason:
             figures["drafts"] = self.drafts.to_dict()

@@ -48,6 +48,8 @@ class ExactDecoding(ModeControl):
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
             )
             choice = self._pass_choice()
+            stats = self.exit_stats
+            stats.runs_on, stats.runs_on_reason = choice.name, choice.reason
             reason: str | None = choice.reason
             if choice.build is not None:
                 reason = "rows wait for other processes" if synced_gpus else None

@@ -322,6 +322,9 @@ def test_statistics_add_up(model: SedacForCausalLM) -> None:
         "exit_share": 0.0,
         "exits_by_layer": {0: 0, 2: 0},
         "tries_by_layer": {0: 0, 2: 0},
+        "tails": 0,
+        "runs_on": "",
+        "runs_on_reason": "",
     }
 
 

@@ -41,22 +41,26 @@ class NativeParts:
         heads: Layers of the exit heads; None for heads that run through torch.
         output: Final norm and head.
         rotary: The base's rotary tables.
-        embedding: The base's embedding.
         tensors: Everything that was read, in the order of the modules.
-        marks: Address and version of each.
+        versioned: Those of them that count their changes; made in inference mode, they do not.
+        marks: Addresses and versions.
     """
 
     base: _core.LayerStack
     heads: tuple[_core.LayerStack | None, ...]
     output: _core.OutputHead
     rotary: RotaryTables
-    embedding: nn.Module
     tensors: list[Tensor]
+    versioned: list[Tensor]
     marks: tuple[list[int], list[int]]
 
     def unchanged(self) -> bool:
         """Whether every tensor lies where it was, as it was."""
-        return _marks(self.tensors) == self.marks
+        # Asked in every call: two plain loops over some hundred tensors.
+        addresses, versions = self.marks
+        if [tensor._version for tensor in self.versioned] != versions:
+            return False
+        return [tensor.data_ptr() for tensor in self.tensors] == addresses
 
 
 class NativeModel:
@@ -175,8 +179,8 @@ class NativeModel:
             heads=tuple(self._head(head, settings) for head in self.exit_heads),
             output=self.output(base.get_output_embeddings()),
             rotary=rotary,
-            embedding=base.get_input_embeddings(),
             tensors=tensors,
+            versioned=_versioned(tensors),
             marks=_marks(tensors),
         )
 
@@ -231,9 +235,14 @@ def _windows(config: Any, count: int) -> list[int | None]:
     return [cast("int | None", getattr(layer, "sliding_window", None)) for layer in layers]
 
 
+def _versioned(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor for tensor in tensors if not tensor.is_inference()]
+
+
 def _marks(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    versions = [-1 if t.is_inference() else t._version for t in tensors]
-    return [t.data_ptr() for t in tensors], versions
+    """Addresses of all, and versions of those that have one."""
+    versions = [tensor._version for tensor in _versioned(tensors)]
+    return [tensor.data_ptr() for tensor in tensors], versions
 
 
 def threads() -> int:

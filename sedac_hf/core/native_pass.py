@@ -134,7 +134,7 @@ class NativePass:
         """See `RowPass.embed`; positions play no part in bases that run natively."""
         del positions
         with torch.no_grad():
-            found: Tensor = self._parts.embedding(tokens)
+            found: Tensor = self._shell.base.get_input_embeddings()(tokens)
             return found.float()
 
     def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:

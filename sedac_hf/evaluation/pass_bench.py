@@ -96,7 +96,7 @@ def time_passes(
     model = NativeModel(shell)
     if model.reason is not None:
         raise NotNativeError(model.reason)
-    speed = memory_bandwidth()
+    speed = memory_bandwidth(rounds=rounds)
     weights = sum(
         p.numel() * p.element_size() for layer in shell.layers for p in layer.parameters()
     )

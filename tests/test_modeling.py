@@ -58,7 +58,8 @@ def test_plain_and_exact_give_the_tokens_of_the_base(tiny: PreTrainedModel) -> N
             ids, **GREEDY, sedac_mode=mode, return_dict_in_generate=True, output_logits=True
         )
         assert torch.equal(found.sequences, expected.sequences)
-        assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+        # Several positions at once, or the native pass, sum in another order than single steps.
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
         assert (found.exit_layers == LAYERS).all()
 
 

@@ -20,6 +20,12 @@ from tests.wrapping import wrap
 VALUES: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 
 
+@pytest.fixture(autouse=True)
+def modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of these tests follows the base's own modules."""
+    monkeypatch.setenv("SEDAC_PASS", "modules")
+
+
 class Clock:
     """Advances by what the last pass is said to take."""
 

@@ -77,7 +77,10 @@ class ExitStep:
         leaving = self._try
         least = self._cascade.config.layers[k].min_probability
         if least > 0:
-            probability = top_probability(self._parts, exit_states)[:, 0]
+            # Only rows that try need logits.
+            picked = exit_states[torch.from_numpy(leaving).to(exit_states.device)]
+            probability = np.full(len(leaving), np.nan, np.float32)
+            probability[leaving] = top_probability(self._parts, picked)[:, 0]
             self.record.probabilities[leaving, k] = probability[leaving]
             leaving = leaving & (probability >= least)
         if not leaving.any():

@@ -116,6 +116,9 @@ def fit(
     head: Annotated[str, typer.Option(help="block or lens.")] = "block",
     feedback: Annotated[bool, typer.Option(help="Give heads the last final state too.")] = False,
     kv: Annotated[str, typer.Option(help="K/V of exited tokens: settle or propagate.")] = "settle",
+    costs: Annotated[
+        str, typer.Option(help="What exits cost: measured here, or counted by parameters.")
+    ] = "measured",
     epsilon: Annotated[float, typer.Option(help="Rise of perplexity to certify.")] = 0.01,
     delta: Annotated[float, typer.Option(help="Chance that the certificate is wrong.")] = 0.1,
     tokens: Annotated[int, typer.Option(help="Most tokens that the base writes.")] = 1_000_000,
@@ -142,6 +145,7 @@ def fit(
         head=head,
         feedback=feedback,
         kv_mode=kv,
+        costs=costs,
         epsilon=epsilon,
         delta=delta,
         text_tokens=tokens,

@@ -46,6 +46,7 @@ def run_fit(
     head: str,
     feedback: bool,
     kv_mode: str,
+    costs: str,
     epsilon: float,
     delta: float,
     text_tokens: int,
@@ -61,6 +62,8 @@ def run_fit(
         raise UsageError("--epsilon must be above 0, and --delta between 0 and 1.")
     if kv_mode not in KV_MODES:
         raise UsageError(f"--kv {kv_mode}: it must be one of {', '.join(KV_MODES)}.")
+    if costs not in ("measured", "parameters"):
+        raise UsageError(f"--costs {costs}: it must be measured or parameters.")
     specs = None
     if checkpoints is not None:
         specs = parse_checkpoints(checkpoints, head=head, feedback=feedback)
@@ -83,6 +86,7 @@ def run_fit(
         settings=FitSettings(
             checkpoints=specs,
             kv_mode=kv_mode,
+            costs=costs,
             budget_seconds=budget_seconds,
             text_tokens=text_tokens,
             epsilon=epsilon,

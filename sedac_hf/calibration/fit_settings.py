@@ -19,6 +19,8 @@ class FitSettings:
     Attributes:
         checkpoints: Checkpoints and their heads; None puts blocks with deep feedback on the
             embedding and after a sixth of the layers.
+        costs: What exits are taken to cost: `"measured"` on this machine, or `"parameters"`:
+            what decoding bound by memory would cost, alike everywhere.
         kv_mode: How K/V of exited tokens come about, `"settle"` or `"propagate"`.
         budget_seconds: Wall-clock time for everything.
         text_tokens: Most tokens that the base writes.
@@ -35,6 +37,7 @@ class FitSettings:
     """
 
     checkpoints: tuple[CheckpointSpec, ...] | None = None
+    costs: str = "measured"
     kv_mode: str = "settle"
     budget_seconds: float = 1200.0
     text_tokens: int = 1_000_000

@@ -19,6 +19,7 @@ from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.calibration.certificate import Certificate
 from sedac_hf.calibration.certify import certify
 from sedac_hf.calibration.cost_measurement import measure_costs
+from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, encode_texts, read_documents
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
@@ -215,8 +216,7 @@ class FitRun:
         )
         if self.process.is_main_process:
             fitted.traces.save(self.workspace.directory / "traces.safetensors")
-        prompts = _prompts(splits.of(splits.search))
-        costs = self.workspace.costs(lambda: measure_costs(model, prompts))
+        costs = self._costs(model, splits)
         self.report.costs = costs.to_dict()
         self.policies = choose_policies(
             model, fitted.traces,
@@ -226,6 +226,18 @@ class FitRun:
         )  # fmt: skip
         self._stage("search")
         return model
+
+    def _costs(self, model: SedacForCausalLM, splits: Splits) -> CostModel:
+        """What probes, tries and exits cost."""
+        if self.settings.costs == "measured":
+            prompts = _prompts(splits.of(splits.search))
+            return self.workspace.costs(lambda: measure_costs(model, prompts))
+        return CostModel.from_base(
+            self.base,
+            model.config.checkpoint_specs(),
+            probe_rank=self.settings.probe_rank,
+            draft_vocabulary=len(self.draft),
+        )
 
     def certificate(
         self, model: SedacForCausalLM, splits: Splits, target: RiskTarget

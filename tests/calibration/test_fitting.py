@@ -20,6 +20,7 @@ SETTINGS = FitSettings(
     budget_seconds=600.0,
     draft_words=48,
     probe_rank=8,
+    costs="parameters",  # on so small a model no exit saves time
     epochs=10.0,
     learning_rate=3e-3,
     epsilon=0.06,

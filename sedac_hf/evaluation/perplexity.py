@@ -106,11 +106,12 @@ def paired_perplexity(
     Raises:
         CalibrationError: If no document has a token that the base can score.
     """
-    full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
-    exited = full
-    if exits and (cascade is not None or model.cascade is not None):
-        rules = cascade or model.cascade
-        [exited] = score_policies(model, documents, [rules], batch_tokens=batch_tokens)
+    rules = cascade or model.cascade
+    if exits and rules is not None:
+        full, exited = score_policies(model, documents, [None, rules], batch_tokens=batch_tokens)
+    else:
+        full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
+        exited = full
     usable = np.flatnonzero((full.tokens > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sedac_hf.core.choose_pass import PassChoice, choose_pass
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.exact_call import ExactCall, cache_of, rows_behind, why_not
+from sedac_hf.generation.exact_call import ExactCall, cache_of, outcome, rows_behind, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.row_texts import RowTexts
@@ -128,13 +127,7 @@ class ExactDecoding(ModeControl):
                 if parts.layout.has_feedback and states.shape[1]:
                     parts.layout.push_states(cache, states)
             run.store(cache, state.length)
-        sequences = texts.sequences()
-        if not returned:
-            return sequences
-        name = "cache" if "cache" in model_kwargs else "past_key_values"
-        scores, raw = texts.scores(), texts.logits()
-        output: Any = GenerateDecoderOnlyOutput
-        return output(sequences=sequences, scores=scores, logits=raw, **{name: cache})
+        return outcome(texts, call, model_kwargs)
 
     def _last_state(self, cache: Any, rows: int) -> Tensor:
         """Final-layer state of the prompt's end, `[rows, 1, width]`; zeros if it is not kept."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 from transformers import LogitsProcessorList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sedac_hf.core.module_pass import readable_layers
 from sedac_hf.generation.acceptance import processors_by_row
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
 
-__all__ = ["ExactCall", "cache_of", "rows_behind", "why_not"]
+    from sedac_hf.generation.row_texts import RowTexts
+
+__all__ = ["ExactCall", "cache_of", "outcome", "rows_behind", "why_not"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -104,6 +107,23 @@ def rows_behind(model_kwargs: dict[str, Any], length: IntArray) -> RowState:
         length,
         np.broadcast_to(following, length.shape).copy(),
     )
+
+
+def outcome(texts: RowTexts, call: ExactCall, model_kwargs: dict[str, Any]) -> Any:
+    """What `generate` returns for finished texts: sequences, or an output object.
+
+    Args:
+        texts: The texts.
+        call: The call.
+        model_kwargs: What transformers carries from step to step; holds the cache.
+    """
+    sequences = texts.sequences()
+    if not call.config.return_dict_in_generate:
+        return sequences
+    name = "cache" if "cache" in model_kwargs else "past_key_values"
+    given = {"scores": texts.scores(), "logits": texts.logits(), name: cache_of(model_kwargs)}
+    output: Any = GenerateDecoderOnlyOutput
+    return output(sequences=sequences, **given)
 
 
 def _padding(mask: Any) -> IntArray | None:

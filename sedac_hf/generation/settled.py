@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.exact_call import cache_of, rows_behind
+from sedac_hf.generation.exact_call import cache_of, outcome, rows_behind
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settle_loop import SettleLoop
 
@@ -67,10 +66,4 @@ def decode_settled(
         if parts.layout.has_feedback and states.shape[1]:
             parts.layout.push_states(cache, states)
         run.store(cache, state.length)
-    if not returned:
-        return texts.sequences()
-    name = "cache" if "cache" in model_kwargs else "past_key_values"
-    output: Any = GenerateDecoderOnlyOutput
-    return output(
-        sequences=texts.sequences(), scores=texts.scores(), logits=texts.logits(), **{name: cache}
-    )
+    return outcome(texts, call, model_kwargs)

@@ -31,7 +31,7 @@ class FitSettings:
             agreement.
         epsilon: Perplexity increase to certify, as a fraction.
         delta: Chance that the certificate may be wrong.
-        learning_rate: Peak learning rate of heads.
+        learning_rate: Peak learning rate of heads; None takes `head_learning_rate` of the width.
         epochs: Passes of a head over the documents at most.
         seed: Seed of every draw.
     """
@@ -47,7 +47,7 @@ class FitSettings:
     storage: str = "auto"
     epsilon: float = 0.01
     delta: float = 0.1
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     epochs: float = 12.0
     seed: int = 0
 

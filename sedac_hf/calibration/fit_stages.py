@@ -24,7 +24,7 @@ from sedac_hf.calibration.documents import Document, encode_texts, read_document
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
-from sedac_hf.calibration.head_training import HeadSchedule, train_head
+from sedac_hf.calibration.head_training import HeadSchedule, head_learning_rate, train_head
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import fit_probes
@@ -81,7 +81,7 @@ class FitRun:
         self.policies: list[Any] = []
         self._clock = started
         keyed = {k: v for k, v in asdict(settings).items() if k not in ("budget_seconds", "epochs")}
-        keyed |= {"base": base.config.name_or_path, "self_written": self_written}
+        keyed |= {"base": fingerprint(base), "self_written": self_written}
         self.workspace = Workspace(output.with_name(output.name + ".work"), keyed)
 
     def deadline(self, share: float) -> float:
@@ -156,6 +156,9 @@ class FitRun:
             )
         heads = [build_exit_head(spec, self.shell).float() for spec in self.specs]
         heads = [head.to(self.base.device) for head in heads]
+        rate = self.settings.learning_rate or head_learning_rate(
+            int(self.base.config.get_text_config().hidden_size)
+        )
         mine = heads[self.process.process_index :: self.process.num_processes]
         for place, head in enumerate(mine):
             if self.workspace.has_head(head):
@@ -164,7 +167,7 @@ class FitRun:
             schedule = HeadSchedule(
                 seconds=max(left / (len(mine) - place), 10.0),
                 epochs=self.settings.epochs,
-                learning_rate=self.settings.learning_rate,
+                learning_rate=rate,
                 seed=self.settings.seed,
             )
             trained = train_head(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import LogitsProcessor
 
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
 from sedac_hf.errors import CalibrationError
@@ -66,6 +67,18 @@ class ChatTemplate:
             return list(tokenizer(part, add_special_tokens=False)["input_ids"])
 
         return cls(encode(opening), encode(middle))
+
+
+class RowTemperatures(LogitsProcessor):
+    """Divides the logits of each row by its own temperature."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        """Keep one temperature for each row."""
+        self._temperatures = torch.tensor(temperatures).unsqueeze(-1)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> Any:
+        """See `transformers.LogitsProcessor`."""
+        return scores / self._temperatures.to(scores.device, scores.dtype)
 
 
 def write_texts(
@@ -162,11 +175,12 @@ def _chat_batch(
     starts = [list(tokenizer(o, add_special_tokens=False)["input_ids"]) for o in openings]
     prompts = [template.opening + start for start in starts]
     stop = _stop_ids(base, template.middle[0])
-    turns = _continue(base, prompts, max_turn, stop, temperature=1.0)
+    turns = _continue(base, prompts, max_turn, stop)
     users = [start + turn for start, turn in zip(starts, turns, strict=True)]
     prompts = [template.opening + user + template.middle for user in users if len(user) >= 3]
-    temperature = ANSWER_TEMPERATURES[batch % len(ANSWER_TEMPERATURES)]
-    answers = _continue(base, prompts, max_answer, stop, temperature=temperature)
+    # Every batch holds every temperature: few texts are then like many.
+    temperatures = [ANSWER_TEMPERATURES[i % len(ANSWER_TEMPERATURES)] for i in range(len(prompts))]
+    answers = _continue(base, prompts, max_answer, stop, temperatures)
     pairs = zip(prompts, answers, strict=True)
     return [Document(np.asarray(p + a), len(p)) for p, a in pairs if len(a) >= 8]
 
@@ -190,7 +204,7 @@ def _plain_batch(
             prompt = [int(torch.randint(base.config.get_text_config().vocab_size, ()))]
         prompts.append(prompt)
     stop = _stop_ids(base, None)
-    texts = _continue(base, prompts, max_answer, stop, temperature=1.0)
+    texts = _continue(base, prompts, max_answer, stop)
     pairs = zip(prompts, texts, strict=True)
     return [Document(np.asarray(p + t), len(p)) for p, t in pairs if len(t) >= 8]
 
@@ -206,10 +220,11 @@ def _continue(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     stop: list[int],
-    *,
-    temperature: float,
+    temperatures: Sequence[float] | None = None,
 ) -> list[list[int]]:
     """Sample one continuation of each prompt, cut before the first stop token.
+
+    Each prompt has its own temperature; without any, all have 1.
 
     Nucleus sampling sorts the whole vocabulary for every row, which costs as much as the model
     on a CPU; the 64 most probable words keep the text as sensible for a fraction of it.
@@ -227,7 +242,8 @@ def _continue(
         attention_mask=mask.to(base.device),
         max_new_tokens=max_new_tokens,
         do_sample=True,
-        temperature=temperature,
+        temperature=1.0,
+        logits_processor=[RowTemperatures(temperatures or [1.0] * len(prompts))],
         top_k=64,
         top_p=1.0,
         eos_token_id=stop or None,

@@ -15,6 +15,7 @@ from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
 from sedac_hf.calibration.head_training import HeadReport
 from sedac_hf.errors import CalibrationError
+from sedac_hf.files import write_atomically
 
 if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
@@ -47,7 +48,9 @@ class Workspace:
                     f"{directory} holds an unfinished fit with another "
                     f"{', '.join(differing)}; remove the folder, or fit into another one"
                 )
-        path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+            return
+        # Several processes open the folder at once: none may see half a file.
+        write_atomically(path, json.dumps(settings, indent=1))
 
     def texts_path(self, rank: int) -> Path:
         """File of the documents that one process writes."""

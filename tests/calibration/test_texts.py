@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sedac_hf.calibration.documents import Document
-from sedac_hf.calibration.texts import ChatTemplate, is_looping, write_texts
+from sedac_hf.calibration.texts import ChatTemplate, RowTemperatures, is_looping, write_texts
 from sedac_hf.errors import CalibrationError
 from tests.micro_model import MicroModel
 
@@ -66,6 +66,14 @@ def test_a_chat_model_writes_both_turns(micro_model: MicroModel, tmp_path: Path)
         assert prompt[0] == ids["<bos>"]
         assert prompt[-2:] == template.middle
         assert len(document) - document.prompt_length >= 8
+
+
+def test_each_row_has_its_own_temperature() -> None:
+    scores = torch.tensor([[1.0, -2.0], [1.0, -2.0], [4.0, float("-inf")]])
+    ids = torch.zeros(3, 1, dtype=torch.long)
+    found = RowTemperatures([1.0, 0.5, 2.0])(ids, scores)
+    expected = torch.tensor([[1.0, -2.0], [2.0, -4.0], [2.0, float("-inf")]])
+    assert torch.equal(found, expected)
 
 
 def test_a_template_that_hides_the_user_is_refused(micro_model: MicroModel) -> None:

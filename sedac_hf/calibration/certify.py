@@ -35,6 +35,7 @@ from sedac_hf.fingerprint import dtype_label
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
     from sedac_hf.calibration.pareto import Policy
+    from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.modeling import SedacForCausalLM
 
 __all__ = ["WalkResult", "certify", "walk"]
@@ -128,13 +129,12 @@ def certify(
     target = target or RiskTarget()
     splits = dict(other_splits or {}) | ({"held_out": held_out} if held_out else {})
     _refuse_overlap({"certification": documents, **splits})
-    chosen, full = _testable(model, documents, batch_tokens)
-    scores: list[DocumentScores] = []
-    bar = tqdm(total=len(policies), desc="certify", unit="policy", disable=not progress)
     cascades = [policy.cascade for policy in policies]
     # Settled exits share one forward of the base, so all are scored at once, the walk walks after.
     settles = model.config.kv_mode == "settle"
-    known = score_policies(model, chosen, cascades, batch_tokens=batch_tokens) if settles else []
+    chosen, full, known = _testable(model, documents, cascades if settles else [], batch_tokens)
+    scores: list[DocumentScores] = []
+    bar = tqdm(total=len(policies), desc="certify", unit="policy", disable=not progress)
 
     def deltas_of(index: int) -> FloatArray:
         if settles:
@@ -183,9 +183,12 @@ def certify(
 
 
 def _testable(
-    model: SedacForCausalLM, documents: Sequence[Document], batch_tokens: int | None
-) -> tuple[list[Document], DocumentScores]:
-    """Documents to test on and their scores at full depth.
+    model: SedacForCausalLM,
+    documents: Sequence[Document],
+    cascades: Sequence[CascadeConfig],
+    batch_tokens: int | None,
+) -> tuple[list[Document], DocumentScores, list[DocumentScores]]:
+    """Documents to test on, their scores at full depth, and those under some cascades.
 
     What is left out is decided by the documents and the base alone, never by what exits do. The
     order is that of the hashes: as good as random, and no one can have picked it.
@@ -193,14 +196,15 @@ def _testable(
     unique = sorted({d.hash: d for d in documents}.values(), key=lambda d: d.hash)
     if not unique:
         raise CalibrationError("there are no documents to certify on; pass at least one.")
-    full = score_documents(model, unique, None, batch_tokens=batch_tokens)
+    full, *others = score_policies(model, unique, [None, *cascades], batch_tokens=batch_tokens)
     usable = np.flatnonzero((full.steps > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(
             f"none of {len(unique)} documents has a token that may exit and a finite NLL under the "
             "base; use documents with at least 2 tokens beyond their prompt."
         )
-    return [unique[i] for i in usable], full.selected(usable)
+    chosen = [unique[i] for i in usable]
+    return chosen, full.selected(usable), [score.selected(usable) for score in others]
 
 
 def _check_held_out(

@@ -2,8 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use sedac_core::pass::dot::{Inputs, Output, product};
+use sedac_core::pass::dot::{Output, product};
 use sedac_core::pass::float::Float;
+use sedac_core::pass::inputs::Inputs;
 use sedac_core::pass::kernel::Kernel;
 use sedac_core::pass::matrix::Matrix;
 use sedac_core::pass::shared::Shared;
@@ -13,7 +14,7 @@ const SHAPES: [(usize, usize); 2] = [(384, 576), (144, 1536)];
 
 fn products(c: &mut Criterion) {
     for (name, float) in [("f32", Float::F32), ("bf16", Float::Bf16), ("f16", Float::F16)] {
-        for kernel in Kernel::available() {
+        for &kernel in Kernel::available() {
             let mut group = c.benchmark_group(format!("product/{name}/{}", kernel.name()));
             for (rows, columns) in SHAPES {
                 let bits = vec![0x3c00_3c00_u32; rows * columns];
@@ -22,7 +23,7 @@ fn products(c: &mut Criterion) {
                 let matrix = unsafe { Matrix::from_address(address, rows, columns, float) };
                 let matrix = matrix.unwrap();
                 for tokens in [1, 2, 4, 8, 16] {
-                    let mut inputs = Inputs::default();
+                    let mut inputs = Inputs::new(kernel);
                     inputs.reset(tokens, columns, float);
                     for token in 0..tokens {
                         inputs.set(token, &vec![0.01; columns]);

@@ -4,16 +4,17 @@
 //! runs over lines of columns into the lanes of one vector, in the same order in every tile, so
 //! that a token's result does not depend on how many tokens there are.
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
-use super::float::{Float, Half, STEP};
+use super::float::{Element, STEP, by_float};
 use super::inputs::{Inputs, Tile};
 use super::instructions::{Instructions, Work};
 use super::kernel::Kernel;
 use super::lanes::Lanes;
 use super::matrix::Matrix;
-use super::multiply::{Fused, Multiply};
+use super::multiply::Multiply;
 use super::shared::Shared;
 
 /// Where results go: token `t` and row `r` to `t * stride + offset + r`.
@@ -50,7 +51,8 @@ pub unsafe fn product(
     assert_eq!(inputs.columns(), matrix.columns(), "inputs of another width than the matrix");
     assert!(rows.end <= matrix.rows(), "rows that the matrix does not have");
     assert_eq!(inputs.order(), kernel.order(matrix.float()), "inputs packed for another type");
-    kernel.run(Product { matrix, rows, inputs, out });
+    let product = Product { kernel, matrix, rows, inputs, out };
+    by_float!(matrix.float(), E => product.all::<E>());
 }
 
 /// Columns of the longest line.
@@ -67,35 +69,19 @@ const NEAR: usize = 8 << 10;
 const LINE: usize = 64;
 
 struct Product<'a> {
+    kernel: Kernel,
     matrix: &'a Matrix,
     rows: Range<usize>,
     inputs: &'a Inputs,
     out: Output<'a>,
 }
 
-impl Work for Product<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    unsafe fn run<I: Instructions>(self) {
-        // SAFETY: `product` has checked rows, width and order of the inputs.
-        unsafe {
-            match self.matrix.float() {
-                Float::F32 => self.all::<Fused<I::Lanes, f32>>(),
-                Float::Bf16 => self.all::<I::Brain>(),
-                Float::F16 => self.all::<Fused<I::Lanes, Half>>(),
-            }
-        }
-    }
-}
-
 impl Product<'_> {
     /// Group after group of rows, each with tile after tile of tokens: a tile stays in the first
     /// cache, a group in the second.
-    #[inline(always)]
-    unsafe fn all<M: Multiply>(&self) {
+    fn all<E: Element>(&self) {
         let tiles = self.inputs.tiles();
-        let row_bytes = self.matrix.columns() * size_of::<M::Number>();
+        let row_bytes = self.matrix.columns() * size_of::<E>();
         let most = (NEAR * tiles / row_bytes / 12).max(1) * 12;
         let mut from = self.rows.start;
         while from < self.rows.end {
@@ -103,66 +89,90 @@ impl Product<'_> {
             let ahead = if tiles == 1 { AHEAD } else { (rows.len() * row_bytes).max(AHEAD) };
             for index in 0..tiles {
                 let tile = self.inputs.tile(index);
-                let part = Part { product: self, rows: rows.clone(), tile, tiles, ahead };
-                // SAFETY: passed on; the tile has as many tokens as it is run with.
-                unsafe {
-                    match tile.tokens {
-                        1 => part.run::<M, 4, 1>(),
-                        2 => part.run::<M, 4, 2>(),
-                        3 => part.run::<M, 3, 3>(),
-                        _ => part.run::<M, 3, 4>(),
-                    }
+                let rows = rows.clone();
+                match tile.tokens {
+                    1 => self.part::<E, 4, 1>(rows, tile, ahead),
+                    2 => self.part::<E, 4, 2>(rows, tile, ahead),
+                    3 => self.part::<E, 3, 3>(rows, tile, ahead),
+                    _ => self.part::<E, 3, 4>(rows, tile, ahead),
                 }
             }
             from = rows.end;
         }
     }
+
+    fn part<E: Element, const R: usize, const T: usize>(
+        &self,
+        rows: Range<usize>,
+        tile: Tile,
+        ahead: usize,
+    ) {
+        debug_assert_eq!(tile.tokens, T);
+        let (matrix, out) = (self.matrix, self.out);
+        let (lines, tiles) = (self.inputs.lines(tile), self.inputs.tiles());
+        let number = PhantomData::<E>;
+        self.kernel.run(Part::<E, R, T> { matrix, rows, lines, tile, tiles, ahead, out, number });
+    }
 }
 
-/// Some rows by one tile of tokens.
-struct Part<'a> {
-    product: &'a Product<'a>,
+/// Some rows by one tile of `T` tokens, `R` rows at a time. A function of its own for each shape:
+/// in a larger one, the compiler does not keep all sums in registers.
+struct Part<'a, E, const R: usize, const T: usize> {
+    matrix: &'a Matrix,
     rows: Range<usize>,
+    lines: *const f32,
     tile: Tile,
     /// Tiles that pass over the rows; each asks for its share of what comes next.
     tiles: usize,
     /// Bytes to what comes next.
     ahead: usize,
+    out: Output<'a>,
+    number: PhantomData<E>,
 }
 
-impl Part<'_> {
+impl<E: Element, const R: usize, const T: usize> Work for Part<'_, E, R, T> {
+    type Output = ();
+
     #[inline(always)]
-    unsafe fn run<M: Multiply, const R: usize, const T: usize>(&self) {
+    unsafe fn run<I: Instructions>(self) {
         let mut row = self.rows.start;
-        // SAFETY: passed on; all rows lie within the part.
+        // SAFETY: `product` has checked rows, width and order; all rows lie within the part.
         unsafe {
             while row + R <= self.rows.end {
-                self.sums::<M, R, T>(row);
+                self.sums::<E::Product<I>, R>(row);
                 row += R;
             }
             while row < self.rows.end {
-                self.sums::<M, 1, T>(row);
+                self.sums::<E::Product<I>, 1>(row);
                 row += 1;
             }
         }
     }
+}
 
-    /// `R` rows by `T` tokens: each weight is read and widened once for all of the tokens.
+impl<E: Element, const R: usize, const T: usize> Part<'_, E, R, T> {
+    /// `N` rows by `T` tokens: each weight is read and widened once for all of the tokens.
     #[inline(always)]
-    unsafe fn sums<M: Multiply, const R: usize, const T: usize>(&self, row: usize) {
-        let Product { matrix, inputs, out, .. } = self.product;
-        let (columns, step) = (matrix.columns(), M::ORDER.columns());
-        let whole = columns / step;
-        let mut numbers: *const M::Number = matrix.row(row);
-        let mut lines = inputs.lines(self.tile);
+    unsafe fn sums<M: Multiply<Number = E>, const N: usize>(&self, row: usize) {
+        let (columns, step) = (self.matrix.columns(), M::ORDER.columns());
+        let (whole, left) = (columns / step, columns % step);
+        let mut numbers: *const E = self.matrix.row(row);
+        let mut lines = self.lines;
         // What comes next is asked for evenly, so that memory is never idle while we count.
-        let each = R * step * size_of::<M::Number>() / self.tiles;
+        let each = N * step * size_of::<E>() / self.tiles;
         let skip = self.ahead + self.tile.index * whole * each;
         let mut next = numbers.cast::<u8>().wrapping_add(skip);
-        // SAFETY: all reads stay within `R` rows of the matrix and the tile's lines; what is left
-        // of a row behind its whole steps is copied out first.
+        // SAFETY: all reads stay within `N` rows of the matrix and the tile's lines; what is left
+        // of a row behind its whole steps is copied out.
         unsafe {
-            let mut sums = [[M::Sum::splat(0.0); T]; R];
+            let mut tails = [[E::default(); LONGEST]; N];
+            if left > 0 {
+                for r in 0..N {
+                    let from = numbers.add(r * columns + whole * step);
+                    std::ptr::copy_nonoverlapping(from, tails[r].as_mut_ptr(), left);
+                }
+            }
+            let mut sums = [[M::Sum::splat(0.0); T]; N];
             for _ in 0..whole {
                 let mut line = 0;
                 while line < each {
@@ -170,22 +180,16 @@ impl Part<'_> {
                     line += LINE;
                 }
                 next = next.wrapping_add(each);
-                add_step::<M, R, T>(numbers, columns, lines, &mut sums);
+                add_step::<M, N, T>(numbers, columns, lines, &mut sums);
                 numbers = numbers.wrapping_add(step);
                 lines = lines.wrapping_add(T * STEP);
             }
-            let left = columns - whole * step;
             if left > 0 {
-                let mut tails = [[M::Number::default(); LONGEST]; R];
-                for r in 0..R {
-                    let from = numbers.add(r * columns);
-                    std::ptr::copy_nonoverlapping(from, tails[r].as_mut_ptr(), left);
-                }
-                add_step::<M, R, T>(tails.as_ptr().cast(), LONGEST, lines, &mut sums);
+                add_step::<M, N, T>(tails.as_ptr().cast(), LONGEST, lines, &mut sums);
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (t, sum) in sums.iter().enumerate() {
-                    out.write(self.tile.first + t, row + r, sum.sum());
+                    self.out.write(self.tile.first + t, row + r, sum.sum());
                 }
             }
         }

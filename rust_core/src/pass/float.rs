@@ -3,7 +3,9 @@
 use half::{bf16, f16};
 
 use super::inputs::Order;
+use super::instructions::Instructions;
 use super::lanes::Lanes;
+use super::multiply::{Fused, Multiply};
 
 /// How a matrix or a cache keeps its numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,6 +58,9 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// The order in which [`Element::widen`] gives sixteen numbers.
     const ORDER: Order;
 
+    /// How these numbers are multiplied.
+    type Product<I: Instructions>: Multiply<Number = Self, Sum = I::Lanes>;
+
     /// One of the `L::PARTS` vectors of f32 that sixteen numbers become.
     ///
     /// # Safety
@@ -87,6 +92,7 @@ pub struct Half(pub u16);
 
 impl Element for f32 {
     const ORDER: Order = Order::Plain;
+    type Product<I: Instructions> = Fused<I::Lanes, Self>;
 
     #[inline(always)]
     unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {
@@ -107,6 +113,7 @@ impl Element for f32 {
 
 impl Element for Brain {
     const ORDER: Order = Order::Split;
+    type Product<I: Instructions> = I::Brain;
 
     #[inline(always)]
     unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {
@@ -127,6 +134,7 @@ impl Element for Brain {
 
 impl Element for Half {
     const ORDER: Order = Order::Plain;
+    type Product<I: Instructions> = Fused<I::Lanes, Self>;
 
     #[inline(always)]
     unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {

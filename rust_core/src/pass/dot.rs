@@ -94,6 +94,7 @@ impl Product<'_> {
                     1 => self.part::<E, 4, 1>(rows, tile, ahead),
                     2 => self.part::<E, 4, 2>(rows, tile, ahead),
                     3 => self.part::<E, 3, 3>(rows, tile, ahead),
+                    _ if E::CONVERTED => self.part::<E, 2, 4>(rows, tile, ahead),
                     _ => self.part::<E, 3, 4>(rows, tile, ahead),
                 }
             }

@@ -58,6 +58,10 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// The order in which [`Element::widen`] gives sixteen numbers.
     const ORDER: Order;
 
+    /// Whether to widen them takes an instruction that the compiler moves about too freely to leave
+    /// room for three rows of sums.
+    const CONVERTED: bool = false;
+
     /// How these numbers are multiplied.
     type Product<I: Instructions>: Multiply<Number = Self, Sum = I::Lanes>;
 
@@ -135,6 +139,7 @@ impl Element for Brain {
 impl Element for Half {
     const ORDER: Order = Order::Plain;
     type Product<I: Instructions> = Fused<I::Lanes, Self>;
+    const CONVERTED: bool = true;
 
     #[inline(always)]
     unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {

@@ -4,6 +4,8 @@ use super::float::Brain;
 use super::kernel::Kernel;
 use super::lanes::{Lanes, Portable};
 use super::multiply::{Fused, Multiply};
+#[cfg(test)]
+use super::tests::models;
 
 /// A set of instructions: its vectors, and how it multiplies brain floats.
 pub trait Instructions {
@@ -17,8 +19,8 @@ pub trait Instructions {
 pub struct Scalar;
 
 impl Instructions for Scalar {
-    type Lanes = Portable;
-    type Brain = Fused<Portable, Brain>;
+    type Lanes = Portable<8>;
+    type Brain = Fused<Portable<8>, Brain>;
 }
 
 /// Something to compute with whichever instructions there are.
@@ -49,6 +51,10 @@ impl Kernel {
                 Self::Avx512Bf16 => x86::avx512_bf16(work),
                 #[cfg(target_arch = "aarch64")]
                 Self::Neon => arm::neon(work),
+                #[cfg(test)]
+                Self::Narrow => work.run::<models::Narrow>(),
+                #[cfg(test)]
+                Self::Wide => work.run::<models::Wide>(),
             }
         }
     }

@@ -27,6 +27,12 @@ pub enum Kernel {
     /// 128-bit vectors with fused products.
     #[cfg(target_arch = "aarch64")]
     Neon,
+    /// What NEON does, lane by lane.
+    #[cfg(test)]
+    Narrow,
+    /// What AVX-512 with BF16 does, lane by lane.
+    #[cfg(test)]
+    Wide,
 }
 
 /// All names that `SEDAC_KERNEL` may take, on whatever processor.
@@ -59,6 +65,8 @@ impl Kernel {
         }
         #[cfg(target_arch = "aarch64")]
         found.push(Self::Neon);
+        #[cfg(test)]
+        found.extend([Self::Narrow, Self::Wide]);
         found.shrink_to_fit();
         found
     }
@@ -77,7 +85,7 @@ impl Kernel {
         Self::available().last().copied().unwrap_or(Self::Scalar)
     }
 
-    fn named(wanted: String) -> Result<Self> {
+    pub(super) fn named(wanted: String) -> Result<Self> {
         let named = |kernel: &&Self| kernel.name() == wanted;
         if let Some(kernel) = Self::available().iter().find(named) {
             return Ok(*kernel);
@@ -106,6 +114,10 @@ impl Kernel {
             Self::Avx512Bf16 => "avx512bf16",
             #[cfg(target_arch = "aarch64")]
             Self::Neon => "neon",
+            #[cfg(test)]
+            Self::Narrow => "narrow",
+            #[cfg(test)]
+            Self::Wide => "wide",
         }
     }
 
@@ -114,6 +126,8 @@ impl Kernel {
         match (self, float) {
             #[cfg(target_arch = "x86_64")]
             (Self::Avx512Bf16, Float::Bf16) => Order::Brain,
+            #[cfg(test)]
+            (Self::Wide, Float::Bf16) => Order::Brain,
             (_, Float::Bf16) => Order::Split,
             (_, Float::F32 | Float::F16) => Order::Plain,
         }

@@ -31,35 +31,33 @@ pub trait Lanes: Copy {
     unsafe fn prefetch(at: *const u8);
 }
 
-const HALF: usize = STEP / 2;
-
-/// An array of eight, for any processor.
+/// An array, for any processor.
 #[derive(Debug, Clone, Copy)]
-pub struct Portable([f32; HALF]);
+pub struct Portable<const LANES: usize>([f32; LANES]);
 
-impl Lanes for Portable {
-    const PARTS: usize = 2;
+impl<const LANES: usize> Lanes for Portable<LANES> {
+    const PARTS: usize = STEP / LANES;
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
-        Self([value; HALF])
+        Self([value; LANES])
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for eight numbers.
-        Self(unsafe { from.cast::<[f32; HALF]>().read_unaligned() })
+        // SAFETY: the caller vouches for as many numbers as there are lanes.
+        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for eight numbers.
-        unsafe { to.cast::<[f32; HALF]>().write_unaligned(self.0) }
+        // SAFETY: the caller vouches for as many numbers as there are lanes.
+        unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) }
     }
 
     #[inline(always)]
     unsafe fn plus_product(mut self, a: Self, b: Self) -> Self {
-        for lane in 0..HALF {
+        for lane in 0..LANES {
             // A fused product is one instruction only where the target always has it.
             self.0[lane] = if cfg!(target_arch = "aarch64") {
                 a.0[lane].mul_add(b.0[lane], self.0[lane])
@@ -71,18 +69,26 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn sum(self) -> f32 {
-        let v = self.0;
-        ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]))
+    unsafe fn sum(mut self) -> f32 {
+        let mut left = LANES / 2;
+        while left > 0 {
+            for lane in 0..left {
+                self.0[lane] += self.0[lane + left];
+            }
+            left /= 2;
+        }
+        self.0[0]
     }
 
     #[inline(always)]
     unsafe fn load_brain(from: *const u16, part: usize) -> Self {
         // SAFETY: the caller vouches for sixteen numbers.
         let bits = unsafe { from.cast::<[u16; STEP]>().read_unaligned() };
-        let mut wide = [0.0; HALF];
-        for lane in 0..HALF {
-            wide[lane] = f32::from_bits(u32::from(bits[2 * lane + part]) << 16);
+        let mut wide = [0.0; LANES];
+        for lane in 0..LANES {
+            let index = part * LANES + lane;
+            let place = index % (STEP / 2) * 2 + index / (STEP / 2);
+            wide[lane] = f32::from_bits(u32::from(bits[place]) << 16);
         }
         Self(wide)
     }
@@ -91,9 +97,9 @@ impl Lanes for Portable {
     unsafe fn load_half(from: *const u16, part: usize) -> Self {
         // SAFETY: the caller vouches for sixteen numbers.
         let bits = unsafe { from.cast::<[u16; STEP]>().read_unaligned() };
-        let mut wide = [0.0; HALF];
-        for lane in 0..HALF {
-            wide[lane] = f16::from_bits(bits[HALF * part + lane]).to_f32();
+        let mut wide = [0.0; LANES];
+        for lane in 0..LANES {
+            wide[lane] = f16::from_bits(bits[part * LANES + lane]).to_f32();
         }
         Self(wide)
     }

@@ -1,7 +1,7 @@
 use super::super::activation::{Activation, exp};
 use super::super::dot::{Output, product};
 use super::super::float::{Brain, Element, Float, Half, STEP};
-use super::super::inputs::Inputs;
+use super::super::inputs::{Inputs, Order};
 use super::super::kernel::Kernel;
 use super::super::norm::Norm;
 use super::super::panel::Panel;
@@ -32,11 +32,17 @@ fn token(columns: usize, seed: u64) -> Vec<f32> {
 fn products_are_those_of_f64_for_every_kernel_type_and_shape() {
     for &kernel in Kernel::available() {
         for float in FLOATS {
-            for (rows, columns) in [(1, 1), (3, 15), (7, 16), (5, 33), (13, 64), (10, 200)] {
+            for (rows, columns) in [(1, 1), (3, 15), (7, 16), (5, 32), (5, 33), (13, 64), (10, 200)]
+            {
                 let weights = Weights::new(&values(rows * columns, 7), rows, float);
                 for count in [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 33] {
-                    let tokens: Vec<_> = (0..count).map(|t| token(columns, 100 + t)).collect();
+                    let mut tokens: Vec<_> = (0..count).map(|t| token(columns, 100 + t)).collect();
                     let found = multiply(kernel, &weights, &tokens);
+                    if kernel.order(float) == Order::Brain {
+                        for value in tokens.iter_mut().flatten() {
+                            *value = Brain::from_f32(*value).to_f32();
+                        }
+                    }
                     for (token, found) in tokens.iter().zip(found) {
                         for (row, found) in found.iter().enumerate() {
                             let row = &weights.wide[row * columns..][..columns];
@@ -48,7 +54,7 @@ fn products_are_those_of_f64_for_every_kernel_type_and_shape() {
                                 size += term.abs();
                             }
                             let gap = (f64::from(*found) - exact).abs();
-                            assert!(gap <= size * 1e-6, "{kernel:?} {float:?} {rows}x{columns}");
+                            assert!(gap <= size * 2e-6, "{kernel:?} {float:?} {rows}x{columns}");
                         }
                     }
                 }

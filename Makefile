@@ -46,7 +46,7 @@ $(STAMPS)/venv:
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "$(PYTHON) is missing or older than 3.10: run make with PYTHON=/path/to/python3" >&2; exit 1; }
 	@command -v $(CARGO) > /dev/null \
-	  || { echo "cargo not found: the core is built with a Rust toolchain (1.86 or newer)" >&2; exit 1; }
+	  || { echo "cargo not found: the core is built with a Rust toolchain (1.89 or newer)" >&2; exit 1; }
 	test -x "$(PY)" || "$(PYTHON)" -m venv $(if $(filter 1,$(SYSTEM_SITE)),--system-site-packages) "$(VENV)"
 	"$(PY)" -m pip --version > /dev/null 2>&1 || "$(PY)" -m ensurepip --upgrade
 	mkdir -p "$(STAMPS)" && touch "$@"

@@ -268,7 +268,10 @@ class OutputHead:
         """
 
 def pass_kernels() -> list[str]:
-    """Kernels that this processor can run, the fastest last; SEDAC_KERNEL takes their names."""
+    """Kernels that this processor can run, the fastest last; SEDAC_KERNEL takes their names.
+
+    Those that do not compute what the scalar kernel does are left out.
+    """
 
 class Cascade:
     """Rules and probes of all checkpoints. Immutable, so threads may share it."""

@@ -56,10 +56,12 @@ pub enum CoreError {
         elements: usize,
     },
     /// A kernel that does not exist or that this processor cannot run.
-    #[error("SEDAC_KERNEL is {found:?}, expected one of {available} on this processor")]
+    #[error("SEDAC_KERNEL is {found:?}, which {problem}; expected one of {available}")]
     Kernel {
         /// The name given.
         found: String,
+        /// Why it cannot be used.
+        problem: &'static str,
         /// The names of those that can be used.
         available: String,
     },

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sedac_hf import _core
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
@@ -85,7 +86,18 @@ def test_an_unknown_kernel_is_an_error(
     llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SEDAC_KERNEL", "mmx")
-    with pytest.raises(ValueError, match="scalar"):
+    with pytest.raises(ValueError, match=r'"mmx", which is not known; expected one of scalar'):
+        NativePass(NativeModel(BaseShell(llama)))
+
+
+@pytest.mark.parametrize("kernel", ["avx2", "avx512", "avx512bf16", "neon"])
+def test_a_kernel_that_the_processor_lacks_is_an_error_that_says_so(
+    kernel: str, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel in _core.pass_kernels():
+        pytest.skip(f"this processor can run {kernel}")
+    monkeypatch.setenv("SEDAC_KERNEL", kernel)
+    with pytest.raises(ValueError, match=f'"{kernel}", which this processor cannot run; .*scalar'):
         NativePass(NativeModel(BaseShell(llama)))
 
 

@@ -42,6 +42,7 @@ NATIVE = (
     "smollm3",
 )
 HALVES = (torch.bfloat16, torch.float16)
+KERNELS = ("scalar", "avx2", "avx512", "avx512bf16", "neon")
 
 
 @pytest.fixture(params=NATIVE)
@@ -112,12 +113,14 @@ def test_what_is_stored_continues_in_the_base(native_base: PreTrainedModel) -> N
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", _core.pass_kernels())
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_rows_have_the_same_bits_alone_and_in_company(
     name: str, dtype: torch.dtype, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if kernel not in _core.pass_kernels():
+        pytest.skip(f"this processor cannot run {kernel}")
     monkeypatch.setenv("SEDAC_KERNEL", kernel)
     base = build_tiny(name, dtype=dtype)
     model = NativeModel(BaseShell(base))

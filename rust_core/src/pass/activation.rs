@@ -1,5 +1,6 @@
 //! Exponentials and the gates made of them: the same bits with every kernel.
 
+use super::instructions::{Instructions, Work};
 use super::kernel::Kernel;
 
 /// What the gate's output goes through.
@@ -14,18 +15,7 @@ pub enum Activation {
 impl Activation {
     /// Replaces each gate by `activation(gate) * up`.
     pub fn gate(self, kernel: Kernel, gates: &mut [f32], ups: &[f32]) {
-        match kernel {
-            Kernel::Scalar => self.gate_all(gates, ups),
-            // SAFETY: `Kernel::Avx2` is only made where the processor has it.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { self.gate_avx2(gates, ups) },
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn gate_avx2(self, gates: &mut [f32], ups: &[f32]) {
-        self.gate_all(gates, ups);
+        kernel.run(Gate { activation: self, gates, ups });
     }
 
     #[inline(always)]
@@ -46,6 +36,21 @@ impl Activation {
                 }
             }
         }
+    }
+}
+
+struct Gate<'a> {
+    activation: Activation,
+    gates: &'a mut [f32],
+    ups: &'a [f32],
+}
+
+impl Work for Gate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<I: Instructions>(self) {
+        self.activation.gate_all(self.gates, self.ups);
     }
 }
 

@@ -2,7 +2,10 @@
 
 use half::{bf16, f16};
 
+use super::inputs::Order;
+use super::instructions::Instructions;
 use super::lanes::Lanes;
+use super::multiply::{Fused, Multiply};
 
 /// How a matrix or a cache keeps its numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,24 +55,21 @@ pub const STEP: usize = 16;
 
 /// A number as it lies in memory.
 pub trait Element: Copy + Default + Send + Sync + 'static {
-    /// Whether [`Element::widen`] gives the even numbers first, then the odd ones.
-    const SPLIT: bool;
+    /// The order in which [`Element::widen`] gives sixteen numbers.
+    const ORDER: Order;
 
-    /// Sixteen numbers as two vectors of f32, in the order that `SPLIT` says.
+    /// Whether to widen them takes an instruction that the compiler moves about too freely to leave
+    /// room for three rows of sums.
+    const CONVERTED: bool = false;
+
+    /// How these numbers are multiplied.
+    type Product<I: Instructions>: Multiply<Number = Self, Sum = I::Lanes>;
+
+    /// One of the `L::PARTS` vectors of f32 that sixteen numbers become.
     ///
     /// # Safety
     /// `from` must be readable for sixteen numbers, and the processor must know `L`.
-    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2];
-
-    /// One of the two vectors that [`Element::widen`] gives.
-    ///
-    /// # Safety
-    /// As for [`Element::widen`].
-    #[inline(always)]
-    unsafe fn widen_half<L: Lanes>(from: *const Self, half: usize) -> L {
-        // SAFETY: passed on.
-        unsafe { Self::widen::<L>(from)[half] }
-    }
+    unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L;
 
     /// As f32.
     fn to_f32(self) -> f32;
@@ -80,7 +80,7 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     /// Where the number that comes `index`-th out of [`Element::widen`] lies among its sixteen.
     #[inline(always)]
     fn place(index: usize) -> usize {
-        if Self::SPLIT { index % 8 * 2 + index / 8 } else { index }
+        if Self::ORDER == Order::Split { index % 8 * 2 + index / 8 } else { index }
     }
 }
 
@@ -95,12 +95,13 @@ pub struct Brain(pub u16);
 pub struct Half(pub u16);
 
 impl Element for f32 {
-    const SPLIT: bool = false;
+    const ORDER: Order = Order::Plain;
+    type Product<I: Instructions> = Fused<I::Lanes, Self>;
 
     #[inline(always)]
-    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+    unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {
         // SAFETY: the caller vouches for sixteen numbers and for the instructions.
-        unsafe { [L::load(from), L::load(from.add(8))] }
+        unsafe { L::load(from.add(part * (STEP / L::PARTS))) }
     }
 
     #[inline(always)]
@@ -115,12 +116,13 @@ impl Element for f32 {
 }
 
 impl Element for Brain {
-    const SPLIT: bool = true;
+    const ORDER: Order = Order::Split;
+    type Product<I: Instructions> = I::Brain;
 
     #[inline(always)]
-    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+    unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {
         // SAFETY: the caller vouches for sixteen numbers and for the instructions.
-        unsafe { L::load_brain(from.cast()) }
+        unsafe { L::load_brain(from.cast(), part) }
     }
 
     #[inline(always)]
@@ -135,12 +137,14 @@ impl Element for Brain {
 }
 
 impl Element for Half {
-    const SPLIT: bool = false;
+    const ORDER: Order = Order::Plain;
+    type Product<I: Instructions> = Fused<I::Lanes, Self>;
+    const CONVERTED: bool = true;
 
     #[inline(always)]
-    unsafe fn widen<L: Lanes>(from: *const Self) -> [L; 2] {
+    unsafe fn widen<L: Lanes>(from: *const Self, part: usize) -> L {
         // SAFETY: the caller vouches for sixteen numbers and for the instructions.
-        unsafe { L::load_half(from.cast()) }
+        unsafe { L::load_half(from.cast(), part) }
     }
 
     #[inline(always)]

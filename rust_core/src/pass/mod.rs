@@ -6,17 +6,27 @@
 
 pub mod activation;
 pub mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 pub mod cache;
 pub mod dot;
 pub mod float;
 pub mod heads;
+pub mod inputs;
+mod instructions;
 pub mod kernel;
 pub mod lanes;
 pub mod layer;
 pub mod matrix;
+mod multiply;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 pub mod norm;
 pub mod output;
 mod panel;
+mod proof;
 mod run;
 pub mod shared;
 pub mod slots;

@@ -1,6 +1,7 @@
 //! From states to logits: the final norm and an output layer.
 
-use super::dot::{Inputs, Output, product};
+use super::dot::{Output, product};
+use super::inputs::Inputs;
 use super::kernel::Kernel;
 use super::layer::Linear;
 use super::norm::Norm;
@@ -38,7 +39,7 @@ impl Head {
         let tokens = states.len() / width;
         check_length("states", states.len(), tokens * width, "tokens times width")?;
         check_length("logits", logits.len(), tokens * words, "tokens times vocabulary")?;
-        let mut inputs = Inputs::default();
+        let mut inputs = Inputs::new(self.kernel);
         inputs.reset(tokens, width, self.linear.matrix.float());
         let mut normed = vec![0.0; width];
         for (token, state) in states.chunks_exact(width).enumerate() {

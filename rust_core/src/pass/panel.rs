@@ -4,10 +4,12 @@
 //! one after the other, so that a query's sums do not depend on which queries share the call.
 
 use super::float::{Element, STEP};
+use super::instructions::{Instructions, Work};
 use super::kernel::Kernel;
-#[cfg(target_arch = "x86_64")]
-use super::lanes::Avx2;
-use super::lanes::{Lanes, Portable};
+use super::lanes::Lanes;
+
+/// Most vectors that sixteen columns take.
+const MOST_PARTS: usize = 4;
 
 /// The operands of one call; distances are in numbers.
 #[derive(Debug, Clone, Copy)]
@@ -30,26 +32,23 @@ pub(crate) struct Panel<E> {
     pub queries: usize,
 }
 
+impl<E: Element> Work for Panel<E> {
+    type Output = ();
+
+    #[inline(always)]
+    unsafe fn run<I: Instructions>(self) {
+        // SAFETY: passed on; whoever made the panel vouches for its places.
+        unsafe { self.all::<I::Lanes>() }
+    }
+}
+
 impl<E: Element> Panel<E> {
     /// Adds the products up.
     ///
     /// # Safety
     /// All places that the fields name must be readable, the sums also writable by nobody else.
     pub(crate) unsafe fn run(&self, kernel: Kernel) {
-        match kernel {
-            // SAFETY: passed on.
-            Kernel::Scalar => unsafe { self.all::<Portable>() },
-            // SAFETY: passed on; `Kernel::Avx2` is only made where the processor has it.
-            #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => unsafe { self.all_avx2() },
-        }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn all_avx2(&self) {
-        // SAFETY: passed on from `run`.
-        unsafe { self.all::<Avx2>() }
+        kernel.run(*self);
     }
 
     #[inline(always)]
@@ -81,23 +80,31 @@ impl<E: Element> Panel<E> {
         // SAFETY: passed on from `run`.
         unsafe {
             // No closures here: they would not be compiled for the caller's instructions.
-            let mut sums = [[L::splat(0.0); 2]; Q];
+            let lanes = STEP / L::PARTS;
+            let mut sums = [[L::splat(0.0); MOST_PARTS]; Q];
             for q in 0..Q {
-                sums[q] = [L::load(places[q]), L::load(places[q].add(STEP / 2))];
+                for part in 0..L::PARTS {
+                    sums[q][part] = L::load(places[q].add(part * lanes));
+                }
             }
             let mut panel = self.panel;
             for step in 0..self.steps {
-                let wide = E::widen::<L>(panel);
+                let mut wide = [L::splat(0.0); MOST_PARTS];
+                for part in 0..L::PARTS {
+                    wide[part] = E::widen(panel, part);
+                }
                 for q in 0..Q {
                     let factor = L::splat(*factors[q].add(step));
-                    sums[q][0] = sums[q][0].plus_product(factor, wide[0]);
-                    sums[q][1] = sums[q][1].plus_product(factor, wide[1]);
+                    for part in 0..L::PARTS {
+                        sums[q][part] = sums[q][part].plus_product(factor, wide[part]);
+                    }
                 }
                 panel = panel.wrapping_add(self.panel_stride);
             }
             for q in 0..Q {
-                sums[q][0].store(places[q]);
-                sums[q][1].store(places[q].add(STEP / 2));
+                for part in 0..L::PARTS {
+                    sums[q][part].store(places[q].add(part * lanes));
+                }
             }
         }
     }

@@ -7,9 +7,10 @@ use std::ops::Range;
 
 use super::attention::{Item, Partial, Scratch, join, needed_blocks};
 use super::cache::RowCache;
-use super::dot::{Inputs, Output, product};
+use super::dot::{Output, product};
 use super::float::{Float, by_float};
 use super::heads::prepare;
+use super::inputs::Inputs;
 use super::kernel::Kernel;
 use super::layer::{Layer, Linear};
 use super::norm::{Norm, inverse_root};
@@ -100,7 +101,7 @@ impl Call<'_> {
         let mut own = Own {
             states: initial.to_vec(),
             normed: vec![0.0; self.width],
-            inputs: Inputs::default(),
+            inputs: Inputs::new(self.kernel()),
             product: Vec::new(),
             attention: Scratch::default(),
         };

@@ -1,6 +1,7 @@
 //! Scores of one block into weights.
 
 use super::activation::exp;
+use super::instructions::{Instructions, Work};
 use super::kernel::Kernel;
 
 /// Turns scores into `exp(score - greatest)` in place, the first `hidden` of them into zeros.
@@ -15,18 +16,23 @@ pub fn softmax(
     scaling: f32,
     cap: Option<f32>,
 ) -> (f32, f32) {
-    match kernel {
-        Kernel::Scalar => weights(scores, hidden, scaling, cap),
-        // SAFETY: `Kernel::Avx2` is only made where the processor has it.
-        #[cfg(target_arch = "x86_64")]
-        Kernel::Avx2 => unsafe { weights_avx2(scores, hidden, scaling, cap) },
-    }
+    kernel.run(Scores { scores, hidden, scaling, cap })
 }
 
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn weights_avx2(scores: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f32, f32) {
-    weights(scores, hidden, scaling, cap)
+struct Scores<'a> {
+    scores: &'a mut [f32],
+    hidden: usize,
+    scaling: f32,
+    cap: Option<f32>,
+}
+
+impl Work for Scores<'_> {
+    type Output = (f32, f32);
+
+    #[inline(always)]
+    unsafe fn run<I: Instructions>(self) -> (f32, f32) {
+        weights(self.scores, self.hidden, self.scaling, self.cap)
+    }
 }
 
 #[inline(always)]

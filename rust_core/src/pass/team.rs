@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
 /// Another thread of the team failed, so that no barrier will be passed any more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,10 +28,13 @@ pub(super) fn spin_until(mut done: impl FnMut() -> bool) {
 #[derive(Debug)]
 pub struct Rendezvous {
     size: usize,
+    places: AtomicUsize,
     arrived: AtomicUsize,
     generation: AtomicUsize,
     stopped: AtomicBool,
-    counters: Vec<AtomicUsize>,
+    /// For each sharing and thread, how much is taken of its part: from the front in the lower
+    /// half, from the back in the upper half.
+    taken: Vec<AtomicU64>,
 }
 
 impl Rendezvous {
@@ -40,10 +43,11 @@ impl Rendezvous {
     pub fn new(size: usize, shares: usize) -> Self {
         Self {
             size,
+            places: AtomicUsize::new(0),
             arrived: AtomicUsize::new(0),
             generation: AtomicUsize::new(0),
             stopped: AtomicBool::new(false),
-            counters: std::iter::repeat_with(|| AtomicUsize::new(0)).take(shares).collect(),
+            taken: std::iter::repeat_with(|| AtomicU64::new(0)).take(shares * size).collect(),
         }
     }
 
@@ -57,14 +61,17 @@ impl Rendezvous {
 #[derive(Debug)]
 pub struct Team<'a> {
     rendezvous: &'a Rendezvous,
+    place: usize,
     shares: Cell<usize>,
 }
 
 impl<'a> Team<'a> {
-    /// A place.
+    /// The next free place.
     #[must_use]
     pub fn new(rendezvous: &'a Rendezvous) -> Self {
-        Self { rendezvous, shares: Cell::new(0) }
+        let place = rendezvous.places.fetch_add(1, Ordering::Relaxed);
+        debug_assert!(place < rendezvous.size, "more threads than the team has places");
+        Self { rendezvous, place, shares: Cell::new(0) }
     }
 
     /// Waits for all; what they wrote before is seen after.
@@ -89,32 +96,51 @@ impl<'a> Team<'a> {
         if all.stopped.load(Ordering::Acquire) { Err(Stopped) } else { Ok(()) }
     }
 
-    /// Deals out `items` in ranges that are multiples of `grain`, large ones first, to whoever
-    /// comes. Does not wait for the others.
+    /// Deals out `items` in ranges that are multiples of `grain`. Each thread works through a part
+    /// of its own from the front, so that it reads on where it stopped, and then takes from the
+    /// back of what others have left. Does not wait for the others.
     pub fn share(&self, items: usize, grain: usize, mut work: impl FnMut(Range<usize>)) {
-        let all = self.rendezvous;
-        let turn = self.shares.replace(self.shares.get() + 1);
-        if all.size == 1 {
+        let (size, turn) = (self.rendezvous.size, self.shares.get());
+        self.shares.set(turn + 1);
+        if size == 1 {
             return work(0..items);
         }
-        let counter = &all.counters[turn];
-        loop {
-            let taken = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |start| {
-                (start < items).then(|| start + self.portion(items - start, grain))
-            });
-            let Ok(start) = taken else { return };
-            work(start..(start + self.portion(items - start, grain)).min(items));
+        let grains = items.div_ceil(grain);
+        for step in 0..size {
+            let owner = (self.place + step) % size;
+            let part = owner * grains / size..(owner + 1) * grains / size;
+            let taken = &self.rendezvous.taken[turn * size + owner];
+            while let Some(own) = take(taken, part.len(), step > 0) {
+                let (from, to) = (part.start + own.start, part.start + own.end);
+                work(from * grain..(to * grain).min(items));
+            }
         }
-    }
-
-    /// What one thread takes when `left` items are left: less and less, so that all end together.
-    fn portion(&self, left: usize, grain: usize) -> usize {
-        (left / (2 * self.rendezvous.size) / grain).max(1) * grain
     }
 
     /// How many threads there are.
     #[must_use]
     pub fn size(&self) -> usize {
         self.rendezvous.size
+    }
+}
+
+/// Takes half of what is left of a part, at its front or its back; `None` if nothing is left.
+fn take(taken: &AtomicU64, len: usize, back: bool) -> Option<Range<usize>> {
+    let mut found = taken.load(Ordering::Relaxed);
+    loop {
+        let (front, behind) = (found & u64::from(u32::MAX), found >> 32);
+        let left = len as u64 - front - behind;
+        if left == 0 {
+            return None;
+        }
+        let some = left.div_ceil(2);
+        let next = if back { found + (some << 32) } else { found + some };
+        match taken.compare_exchange_weak(found, next, Ordering::Relaxed, Ordering::Relaxed) {
+            Ok(_) => {
+                let start = if back { len as u64 - behind - some } else { front };
+                return Some(start as usize..(start + some) as usize);
+            }
+            Err(now) => found = now,
+        }
     }
 }

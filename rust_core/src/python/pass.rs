@@ -328,5 +328,5 @@ impl OutputHead {
 /// Names of the kernels that this processor can run, the fastest last.
 #[pyfunction]
 pub(super) fn pass_kernels() -> Vec<&'static str> {
-    Kernel::available().into_iter().map(Kernel::name).collect()
+    Kernel::available().iter().map(|kernel| kernel.name()).collect()
 }

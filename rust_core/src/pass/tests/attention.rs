@@ -114,7 +114,7 @@ impl Case {
 
 #[test]
 fn attention_is_what_its_definition_says_under_trees_windows_and_caps() {
-    for kernel in Kernel::available() {
+    for &kernel in Kernel::available() {
         for float in FLOATS {
             // Rounded keys move a score by their precision; f32 shows the sums themselves.
             let allowed = match float {

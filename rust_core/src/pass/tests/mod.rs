@@ -1,7 +1,9 @@
 //! Tests of the pass: kernels against sums in f64, whole stacks against themselves in other company.
 
 mod attention;
+mod choice;
 mod kernels;
+pub(super) mod models;
 mod stacks;
 mod threads;
 

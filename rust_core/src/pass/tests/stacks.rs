@@ -100,8 +100,8 @@ fn step_by_step(model: &Model, tokens: &[u64]) -> Vec<Vec<f32>> {
 }
 
 fn models(window: Option<usize>) -> Vec<Model> {
-    let all = Kernel::available().into_iter();
-    all.flat_map(|kernel| FLOATS.map(|float| Model::new(kernel, float, window))).collect()
+    let all = Kernel::available().iter();
+    all.flat_map(|&kernel| FLOATS.map(|float| Model::new(kernel, float, window))).collect()
 }
 
 #[test]

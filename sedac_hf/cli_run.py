@@ -18,7 +18,7 @@ from sedac_hf.cli_load import (
     load,
     seed_everything,
 )
-from sedac_hf.cli_support import Screen, UsageError
+from sedac_hf.cli_support import Screen, UsageError, check_report_file
 from sedac_hf.cli_tables import evaluation_table
 from sedac_hf.cli_texts import documents_for
 from sedac_hf.cli_trace import TraceStreamer, legend
@@ -229,8 +229,7 @@ def run_evaluation(
     screen: Screen,
 ) -> dict[str, Any]:
     """Load a model and measure it; see `sedac eval --help`."""
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: its folder does not exist.")
+    check_report_file(output)
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))

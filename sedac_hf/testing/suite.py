@@ -69,6 +69,8 @@ class ComprehensiveTestSuite:
     Attributes:
         config: The limits.
         tests: The tests, in the order they run.
+        tokenizer: Turns texts into tokens; None for the artefact's own.
+        progress: Gives a context in which a line of text is shown.
     """
 
     def __init__(
@@ -88,8 +90,8 @@ class ComprehensiveTestSuite:
         """
         self.config = config or TestConfig()
         self.tests: list[SuiteTest] = []
-        self._tokenizer = tokenizer
-        self._progress = progress or (lambda text: nullcontext())
+        self.tokenizer = tokenizer
+        self.progress = progress or (lambda text: nullcontext())
 
     def add_test(self, test: SuiteTest) -> ComprehensiveTestSuite:
         """Add a test.
@@ -143,17 +145,17 @@ class ComprehensiveTestSuite:
         """
         if not self.tests:
             raise ConfigError("the suite has no tests: call add_default_tests() or add_test(...).")
-        with self._progress("reading the texts"):
+        with self.progress("reading the texts"):
             given = SuiteInput(
                 baseline_model,
                 sedac_model,
                 test_data,
                 self.config,
-                tokenizer=self._tokenizer or _tokenizer_of(sedac_model),
+                tokenizer=self.tokenizer or _tokenizer_of(sedac_model),
             )
         outcomes = []
         for test in self.tests:
-            with self._progress(f"{test.name} test"):
+            with self.progress(f"{test.name} test"):
                 outcomes.append(_outcome(test, given))
         return SuiteResults(
             outcomes=tuple(outcomes),

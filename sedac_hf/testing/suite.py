@@ -6,11 +6,9 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from transformers import AutoTokenizer
 
 from sedac_hf.errors import ConfigError, SedacError
 from sedac_hf.evaluation.environment import machine, software_versions
@@ -151,7 +149,7 @@ class ComprehensiveTestSuite:
                 sedac_model,
                 test_data,
                 self.config,
-                tokenizer=self.tokenizer or _tokenizer_of(sedac_model),
+                tokenizer=self.tokenizer,
             )
         outcomes = []
         for test in self.tests:
@@ -189,15 +187,3 @@ def _outcome(test: SuiteTest, given: SuiteInput) -> TestOutcome:
             name=test.name, passed=False, criterion="the test can run", found=str(error)
         )
     return replace(outcome, seconds=time.monotonic() - begun)
-
-
-def _tokenizer_of(model: SedacForCausalLM) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies with the artefact or its base on this machine, or None."""
-    places = [model.origin.directory] if model.origin else []
-    if name := model.base_lm.config.name_or_path:
-        places.append(Path(name))
-    auto: Any = AutoTokenizer
-    for place in places:
-        if (place / "tokenizer_config.json").is_file():
-            return cast("PreTrainedTokenizerBase", auto.from_pretrained(place))
-    return None

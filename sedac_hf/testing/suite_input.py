@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+from transformers import AutoTokenizer
 
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.texts import answer_prompts
@@ -60,7 +63,7 @@ class SuiteInput:
             test_data: Texts or documents, of one domain or by domain; None takes the prompts of the
                 package, answered by the baseline.
             config: The limits.
-            tokenizer: Turns texts into documents; needed unless all texts are documents.
+            tokenizer: Turns texts into documents; None takes that of the artefact or its base.
 
         Raises:
             ConfigError: If a model has no checkpoints, the vocabularies differ, or texts are no
@@ -75,7 +78,7 @@ class SuiteInput:
             )
         self.model = model
         self.config = config
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer or _tokenizer_of(model)
         self.mode = _mode(model, config)
         own: PreTrainedModel = model.base_lm
         other: Any = baseline.base_lm if isinstance(baseline, SedacForCausalLM) else baseline
@@ -85,7 +88,7 @@ class SuiteInput:
         self._shipped: dict[str, tuple[Document, ...]] | None = None
         self._results: dict[tuple[str, ...], PerplexityResult] = {}
         self._rows: dict[str, dict[str, Any]] = {}
-        self.given = _by_domain(test_data, tokenizer) if test_data is not None else self.shipped()
+        self.given = self.shipped() if test_data is None else _by_domain(test_data, self.tokenizer)
 
     @property
     def exits_act(self) -> bool:
@@ -245,3 +248,15 @@ def _by_domain(
             )
         found[str(name)] = tuple(as_documents(texts, tokenizer))
     return found
+
+
+def _tokenizer_of(model: SedacForCausalLM) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies with the artefact or its base on this machine, or None."""
+    places = [model.origin.directory] if model.origin else []
+    if name := model.base_lm.config.name_or_path:
+        places.append(Path(name))
+    auto: Any = AutoTokenizer
+    for place in places:
+        if (place / "tokenizer_config.json").is_file():
+            return cast("PreTrainedTokenizerBase", auto.from_pretrained(place))
+    return None

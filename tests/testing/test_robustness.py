@@ -67,7 +67,7 @@ def test_without_noise_it_reads_what_the_model_does(llama, kind, kv_mode):
     documents = random_documents(6, low=9, high=12)
     model = wrap(llama, {0: kind, 2: "lens"}, [rule(0, 1.0), rule(2, 1.5)], kv_mode=kv_mode)
     given = SuiteInput(None, model, documents, TestConfig())
-    ids = torch.tensor([d.ids[:9] for d in documents])
+    ids = torch.from_numpy(np.stack([d.ids[:9] for d in documents]))
     seen = model(ids, exits="simulate", exit_start=3)
     some = [type(d)(d.ids[:9], 3) for d in documents]
     with torch.inference_mode():

@@ -25,7 +25,7 @@ class TestConfig:
             two tokens may be for them to count as a tie, in units of the data type's resolution.
         min_consistency: Share that decisions and tokens must stay above under noise, in [0, 1).
         noise_levels: Strengths of the noise, as fractions of a state's root mean square. The
-            default is the rounding of bfloat16, twice that, and what eight-bit weights do.
+            default begins at the largest rounding error of bfloat16 and ends at a hundredth.
         noise_documents: Most documents that noise is tried on.
         latency_slo_ms: Milliseconds that the percentiles of the time per token must stay below.
         min_speed_ratio: Least speed against the baseline; None asks for none.

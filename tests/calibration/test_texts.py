@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sedac_hf.calibration.documents import Document
-from sedac_hf.calibration.texts import ChatTemplate, is_looping, write_texts
+from sedac_hf.calibration.texts import ChatTemplate, answer_prompts, is_looping, write_texts
 from sedac_hf.errors import CalibrationError
 from tests.micro_model import MicroModel
 
@@ -66,6 +66,22 @@ def test_a_chat_model_writes_both_turns(micro_model: MicroModel, tmp_path: Path)
         assert prompt[0] == ids["<bos>"]
         assert prompt[-2:] == template.middle
         assert len(document) - document.prompt_length >= 8
+
+
+def test_prompts_are_answered_in_order_and_by_the_seed(micro_model: MicroModel) -> None:
+    documents = micro_model.language.documents(7, seed=12)
+    prompts = [document.ids[: 4 + at] for at, document in enumerate(documents)]
+    state = torch.get_rng_state()
+    first, again, other = (
+        answer_prompts(micro_model.model, prompts, max_answer=24, seed=seed, rows=3)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert [d.hash for d in first] == [d.hash for d in again] != [d.hash for d in other]
+    assert 4 <= len(first) <= len(prompts)
+    heads = [d.ids[: d.prompt_length].tolist() for d in first]
+    assert heads == [prompt for prompt in prompts if prompt in heads]
+    assert all(8 <= len(d) - d.prompt_length <= 24 for d in first)
 
 
 def test_a_template_that_hides_the_user_is_refused(micro_model: MicroModel) -> None:

@@ -75,7 +75,7 @@ def test_a_damaged_file_is_named_with_its_line(line, tmp_path, monkeypatch):
 
 def test_a_prompt_becomes_a_chat_where_the_tokenizer_knows_one():
     plain, chat = make_tokenizer(), make_tokenizer(chat=True)
-    assert encode_prompt(plain, "w8 w9") == encode_prompt(chat, "w8 w9", raw=True) == [8, 9]
-    assert encode_prompt(chat, "w8", system="w7") == chat("w7 w8 w05")["input_ids"]
+    assert encode_prompt(plain, "w08 w09") == encode_prompt(chat, "w08 w09", raw=True) == [8, 9]
+    assert encode_prompt(chat, "w08", system="w07") == chat("w07 w08 w05")["input_ids"]
     with pytest.raises(ConfigError, match="chat template"):
-        encode_prompt(plain, "w8", system="w7")
+        encode_prompt(plain, "w08", system="w07")

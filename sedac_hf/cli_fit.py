@@ -29,7 +29,9 @@ def parse_checkpoints(text: str, *, head: str, feedback: bool) -> tuple[Checkpoi
     try:
         layers = sorted(int(part) for part in text.split(","))
     except ValueError as error:
-        raise UsageError(f"--checkpoints {text}: write layers as 11,15,20.") from error
+        raise UsageError(
+            f"--checkpoints {text!r}: expected whole numbers with commas between them, as 11,15,20."
+        ) from error
     if len(set(layers)) < len(layers):
         raise UsageError(f"--checkpoints {text}: a layer stands there twice.")
     return tuple(CheckpointSpec(layer, head=head, feedback=feedback) for layer in layers)
@@ -59,7 +61,9 @@ def run_fit(
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file; name a folder.")
     if not epsilon > 0 or not 0 < delta < 1:
-        raise UsageError("--epsilon must be above 0, and --delta between 0 and 1.")
+        raise UsageError(
+            f"--epsilon must be above 0, and --delta between 0 and 1; found {epsilon} and {delta}."
+        )
     if kv_mode not in KV_MODES:
         raise UsageError(f"--kv {kv_mode}: it must be one of {', '.join(KV_MODES)}.")
     if costs not in ("measured", "parameters"):
@@ -77,11 +81,14 @@ def run_fit(
     screen.note(f"fitting in {chosen} ({reason}), at most {budget_seconds / 60:.0f} minutes")
     seed_everything(seed)
     texts = None if data is None else read_texts(data, tokenizer)
+    more = None
+    if train_data is not None:
+        more = read_texts(train_data, tokenizer, option="--train-data")
     fitted, report = fit(
         model,
         texts,
         tokenizer=tokenizer,
-        train_texts=None if train_data is None else read_texts(train_data, tokenizer),
+        train_texts=more,
         output_dir=output,
         settings=FitSettings(
             checkpoints=specs,

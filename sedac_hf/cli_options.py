@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,12 +11,17 @@ __all__ = [
     "Base",
     "Data",
     "Device",
+    "Documents",
     "Dtype",
     "Json",
     "Mode",
     "Model",
     "Quiet",
+    "ReportFile",
     "Seed",
+    "TimedPrompts",
+    "TimedRounds",
+    "TimedTokens",
     "Uncertified",
 ]
 
@@ -49,4 +55,11 @@ Data = Annotated[
         help="Texts: .jsonl (text; prompt and completion; messages), any other file with texts set "
         "apart by blank lines, or a data set (name or name:split). Without it the base writes them."
     ),
+]
+Documents = Annotated[int, typer.Option(help="Most documents.", min=2)]
+TimedTokens = Annotated[int, typer.Option(help="Tokens of each timed call.", min=1)]
+TimedRounds = Annotated[int, typer.Option(help="Timed rounds after a warm-up.", min=1)]
+TimedPrompts = Annotated[int, typer.Option(help="Most prompts that are timed.", min=1)]
+ReportFile = Annotated[
+    Path | None, typer.Option("--output", "-o", help="File for the whole report.")
 ]

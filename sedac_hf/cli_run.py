@@ -18,10 +18,11 @@ from sedac_hf.cli_load import (
     load,
     seed_everything,
 )
-from sedac_hf.cli_support import Screen, UsageError
+from sedac_hf.cli_support import Screen, UsageError, check_report_file
 from sedac_hf.cli_tables import evaluation_table
 from sedac_hf.cli_texts import documents_for
 from sedac_hf.cli_trace import TraceStreamer, legend
+from sedac_hf.evaluation import prompts as prompt_files
 from sedac_hf.evaluation.benchmark import SpeedResult, benchmark
 from sedac_hf.evaluation.perplexity import paired_perplexity
 from sedac_hf.evaluation.report import build_report, save_report
@@ -135,18 +136,10 @@ def encode_prompt(
     Raises:
         UsageError: If a system message is given and there is no chat, or no token comes out.
     """
-    tokenizer: Any = loaded.tokenizer
-    if tokenizer.chat_template and not raw:
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": text})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    elif system:
+    if system and (raw or not loaded.tokenizer.chat_template):
         raise UsageError("--system needs a chat template, and this model is asked without one.")
-    else:
-        encoded = tokenizer(text, return_tensors="pt")
-    ids = encoded["input_ids"].long().to(loaded.model.device)
+    found = prompt_files.encode_prompt(loaded.tokenizer, text, system=system, raw=raw)
+    ids = torch.tensor([found], dtype=torch.long, device=loaded.model.device)
     if ids.shape[1] == 0:
         raise UsageError("the prompt gives no tokens.")
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -236,8 +229,7 @@ def run_evaluation(
     screen: Screen,
 ) -> dict[str, Any]:
     """Load a model and measure it; see `sedac eval --help`."""
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: its folder does not exist.")
+    check_report_file(output)
     loaded = load(name, base=base, mode=mode, device=device, dtype=dtype, screen=screen)
     if uncertified:
         screen.note(let_exits_act(loaded))

@@ -23,6 +23,7 @@ __all__ = [
     "REPOSITORY",
     "Screen",
     "UsageError",
+    "check_report_file",
     "default_artefact",
     "parse_duration",
     "reported",
@@ -119,11 +120,25 @@ def reported(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def parse_duration(text: str) -> float:
+def check_report_file(output: Path | None) -> None:
+    """Refuse a file for a report that could not be written, before any work is done.
+
+    Args:
+        output: The file; None asks for none.
+
+    Raises:
+        UsageError: If its folder does not exist.
+    """
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: its folder does not exist.")
+
+
+def parse_duration(text: str, option: str) -> float:
     """Read a time such as `90s`, `20m`, `1h30m` or `45` (seconds).
 
     Args:
         text: What the user wrote.
+        option: Where, for the message.
 
     Returns:
         Seconds, above 0.
@@ -138,7 +153,7 @@ def parse_duration(text: str) -> float:
     parts = found.groupdict(default="0") if found else {"h": "0", "m": "0", "s": "0"}
     seconds = 3600 * float(parts["h"]) + 60 * float(parts["m"]) + float(parts["s"])
     if seconds <= 0:
-        raise UsageError(f"{text!r} is not a time: write it as 90s, 20m or 1h30m.")
+        raise UsageError(f"{option} {text!r} is not a time above 0: write it as 90s, 20m or 1h30m.")
     return seconds
 
 

@@ -32,7 +32,7 @@ _TOKENS_PER_TEXT = 120
 Record = Mapping[str, Any]
 
 
-def read_records(source: str, limit: int | None = None) -> list[Record]:
+def read_records(source: str, limit: int | None = None, *, option: str = "--data") -> list[Record]:
     """Read texts from a file or a data set.
 
     A `.jsonl` line is an object with `text`, or `prompt` and `completion`, or `messages`; in any
@@ -42,6 +42,7 @@ def read_records(source: str, limit: int | None = None) -> list[Record]:
     Args:
         source: Path or data set.
         limit: Most records to read.
+        option: Where the user named the source, for messages.
 
     Returns:
         The records.
@@ -53,22 +54,25 @@ def read_records(source: str, limit: int | None = None) -> list[Record]:
     if path.is_file():
         found = _jsonl(path) if path.suffix in (".jsonl", ".json") else _plain(path)
     elif path.exists() or path.suffix in (".jsonl", ".json", ".txt"):
-        raise UsageError(f"--data {source}: there is no such file.")
+        raise UsageError(f"{option} {source}: there is no such file.")
     else:
-        found = _data_set(source)
+        found = _data_set(source, option)
     records: list[Record] = []
     for record in found:
         if limit is not None and len(records) >= limit:
             break
         records.append(record)
     if not records:
-        raise UsageError(f"--data {source} holds no texts.")
+        raise UsageError(f"{option} {source} holds no texts.")
     return records
 
 
-def read_texts(source: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def read_texts(
+    source: str, tokenizer: PreTrainedTokenizerBase, *, option: str = "--data"
+) -> list[str]:
     """Read whole texts: prompt and completion joined, messages put through the chat template."""
-    return ["".join(_parts(record, tokenizer)) for record in read_records(source)]
+    records = read_records(source, option=option)
+    return ["".join(_parts(record, tokenizer)) for record in records]
 
 
 def documents_for(
@@ -176,12 +180,12 @@ def _plain(path: Path) -> Iterable[Record]:
     return ({"text": part.strip()} for part in text.split("\n\n") if part.strip())
 
 
-def _data_set(source: str) -> Iterable[Record]:
+def _data_set(source: str, option: str) -> Iterable[Record]:
     try:
         load_dataset: Any = import_module("datasets").load_dataset
     except ImportError as error:
         raise UsageError(
-            f"--data {source} is no file; data sets of the Hub need `pip install sedac-hf[eval]`."
+            f"{option} {source} is no file; data sets of the Hub need `pip install sedac-hf[eval]`."
         ) from error
     name, _, split = source.partition(":")
     try:
@@ -189,6 +193,6 @@ def _data_set(source: str) -> Iterable[Record]:
     except Exception as error:  # the library raises errors of many kinds, all about the data set
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UsageError(
-            f"--data {source} is no file, and no such data set could be loaded: {reason}"
+            f"{option} {source} is no file, and no such data set could be loaded: {reason}"
         ) from error
     return rows

@@ -1,20 +1,25 @@
-"""What tests of saving and loading share: a base on disk, a wrapper around it, a certificate."""
+"""What tests of saving and loading share: bases and artefacts on disk, a certificate."""
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from sedac_hf.artefact_format import CONFIG_FILE, read_artefact, write_artefact
 from sedac_hf.calibration.bounds import RiskTarget, TestResult
 from sedac_hf.calibration.certificate import Certificate, HeldOutCheck, Rung
 from sedac_hf.calibration.policy_search import Policy
 from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
 from sedac_hf.modeling import SedacForCausalLM
-from tests.tiny_models import VOCABULARY, build_tiny
+from tests.tiny_models import VOCABULARY, build_tiny, prompt
 from tests.wrapping import wrap
 
 KINDS = {0: "feedback", 1: "lens", 2: "block"}
@@ -95,3 +100,30 @@ def issue(
         "held_out": HeldOutCheck(80, 0.0031, (0.001, 0.005), 0.2, True) if passes else None,
     }
     return Certificate(**(fields | values))
+
+
+def load(folder: Path, **options: Any) -> SedacForCausalLM:
+    """The artefact in a folder."""
+    return SedacForCausalLM.from_pretrained(folder, **options)
+
+
+def tokens(model: Any, **options: Any) -> Tensor:
+    """What a model writes greedily."""
+    return model.generate(prompt(2, 5), max_new_tokens=12, do_sample=False, **options)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    """Change fields of an artefact's configuration."""
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor], **changes: Any) -> None:
+    """Write the artefact anew, checksums included, as a faulty program would."""
+    files = read_artefact(folder, "artefact")
+    write_artefact(folder, files.config | changes, tensors, None)
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> str:
+    """Warnings and errors that were logged."""
+    return "\n".join(r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)

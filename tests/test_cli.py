@@ -22,7 +22,7 @@ from sedac_hf.evaluation.report import load_report
 from sedac_hf.modeling import SedacForCausalLM
 from tests.artefacts import issue, load_base, make_tokenizer, save_base, wrap_base
 
-COMMANDS = ("demo", "fit", "eval", "bench", "generate", "info")
+COMMANDS = ("demo", "fit", "eval", "bench", "test", "generate", "info")
 # What the runner returns is typed by whichever click typer brings along.
 Result = Any
 Runner = Callable[..., Result]
@@ -166,7 +166,7 @@ def test_without_the_repository_the_demo_says_what_to_do(
     sedac: Runner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("sedac_hf.cli_support.BUNDLED", tmp_path / "nothing")
-    for command in ("demo", "eval", "bench"):
+    for command in ("demo", "eval", "bench", "test"):
         result = sedac(command)
         assert result.exit_code == 2
         assert "sedac fit BASE" in result.stderr

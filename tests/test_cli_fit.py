@@ -131,6 +131,46 @@ def test_settings_that_cannot_be_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kv", "copy"), ("--kv copy", "propagate, settle")),
+        (("--kv", ""), ("--kv", "propagate, settle")),
+        (("--costs", "free"), ("--costs free", "measured or parameters")),
+        (("--train-data", "gone.jsonl"), ("--train-data gone.jsonl", "no such file")),
+        (("--train-data", "empty.txt"), ("--train-data empty.txt", "no texts")),
+        (("--train-data", "fields.jsonl"), ("['story']", "expected text")),
+        (("--train-data", "short.txt"), ("--train-data", "none of the 2", "16 tokens")),
+        (("--checkpoints", "1;2"), ("--checkpoints '1;2'", "11,15,20")),
+        (("--checkpoints", ""), ("--checkpoints ''", "11,15,20")),
+        (("--checkpoints", "2.5"), ("--checkpoints '2.5'", "whole numbers")),
+        (("--checkpoints", "1,1"), ("--checkpoints 1,1", "twice")),
+        (("--checkpoints", "-4"), ("after layer -4", "-1 (the embedding) or more")),
+        (("--checkpoints", "1,3"), ("after layer 3", "4 layers", "at most 2")),
+        (("--budget", "soon"), ("--budget 'soon'", "90s, 20m or 1h30m")),
+        (("--budget", "-5m"), ("--budget '-5m'", "above 0")),
+        (("--budget", "0"), ("--budget '0'", "above 0")),
+    ],
+)
+def test_mistakes_are_named_with_what_was_expected_and_found(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...],
+    words: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_base(tmp_path / "base")
+    Path("empty.txt").write_text("\n\n")
+    Path("fields.jsonl").write_text('{"story": "w4 w5"}\n')
+    Path("short.txt").write_text("w4 w5\n\nw6 w7 w8\n")
+    result = sedac("fit", "base", "-o", "out", *options)
+    assert result.exit_code == 2
+    for word in words:
+        assert word in result.stderr
+    assert not Path("out").exists()
+    assert not list(Path().glob("out.work/*.jsonl"))  # the base has written nothing
+
+
 def test_an_artefact_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "sedac"}')
     result = sedac("fit", tmp_path, "-o", tmp_path / "out")

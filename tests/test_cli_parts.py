@@ -33,13 +33,13 @@ CPU = torch.device("cpu")
     [("90s", 90), ("20m", 1200), ("3h", 10_800), ("1h30m", 5400), ("45", 45), ("1.5m", 90)],
 )
 def test_times_are_read(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
+    assert parse_duration(text, "--budget") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0", "-5m", "20 minutes", "m", "5d"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="20m"):
-        parse_duration(text)
+        parse_duration(text, "--budget")
 
 
 def test_checkpoints_are_read_in_order() -> None:

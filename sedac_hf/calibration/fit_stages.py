@@ -77,6 +77,8 @@ class FitRun:
         self.progress = progress and self.process.is_main_process
         self.shell = BaseShell(base)
         self.specs = tuple(settings.checkpoints or default_checkpoints(self.shell.num_layers))
+        for spec in self.specs:
+            spec.resolved(self.shell.num_layers)  # refuses one too deep before any work is done
         self.report = FitReport(self_written=self_written)
         self.policies: list[Any] = []
         self._clock = started

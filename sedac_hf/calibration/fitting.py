@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sedac_hf.calibration.bounds import RiskTarget
-from sedac_hf.calibration.documents import encode_texts
+from sedac_hf.calibration.documents import Document, encode_texts
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import split_for_fit
 from sedac_hf.calibration.fit_stages import FitRun
+from sedac_hf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,15 +52,16 @@ def fit(
 
     Raises:
         CalibrationError: If there are too few texts, or training fails.
+        ConfigError: If a checkpoint leaves nothing to skip, or no further text is long enough.
     """
     settings = settings or FitSettings()
     started = time.monotonic()
     target = RiskTarget(epsilon=settings.epsilon, delta=settings.delta)
     output = Path(output_dir)
     run = FitRun(base, tokenizer, settings, output, texts is None, progress, started)
+    more = _further_documents(train_texts, tokenizer, settings.max_length)
     documents = run.documents(texts)
-    more = encode_texts(train_texts or (), tokenizer, max_length=settings.max_length)
-    splits = split_for_fit(documents, settings.seed, list(more))
+    splits = split_for_fit(documents, settings.seed, more)
     states = run.states(splits)
     heads = run.heads(states, splits)
     model = run.thresholds(states, splits, heads)
@@ -75,3 +77,17 @@ def fit(
         )
     run.process.wait_for_everyone()
     return model, run.report
+
+
+def _further_documents(
+    texts: Iterable[str] | None, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Document]:
+    """Texts for heads alone as documents; none of them long enough is a mistake."""
+    given = list(texts or ())
+    found = list(encode_texts(given, tokenizer, max_length=max_length))
+    if given and not found:
+        raise ConfigError(
+            f"none of the {len(given)} further texts to train heads on (train_texts, "
+            "--train-data) has the 16 tokens that a document needs; give longer texts, or none."
+        )
+    return found

@@ -153,6 +153,41 @@ def write_texts(
     return documents
 
 
+def answer_prompts(
+    base: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_answer: int = 160,
+    temperature: float = 1.0,
+    seed: int = 0,
+    rows: int = 16,
+) -> list[Document]:
+    """Let the base answer prompts, by sampling.
+
+    Args:
+        base: The frozen base model.
+        prompts: Token ids of each prompt, at least one.
+        max_answer: Most tokens of an answer.
+        temperature: Temperature of the sampling.
+        seed: Seed of the draw.
+        rows: Prompts answered together.
+
+    Returns:
+        Prompts with their answers, in order; those whose answer is shorter than 8 tokens or loops
+        are left out.
+    """
+    stop = _stop_ids(base, None)
+    found: list[Document] = []
+    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+        torch.manual_seed(seed)
+        for at in range(0, len(prompts), rows):
+            some = [list(prompt) for prompt in prompts[at : at + rows]]
+            answers = _continue(base, some, max_answer, stop, temperature=temperature)
+            pairs = zip(some, answers, strict=True)
+            found += [Document(np.asarray(p + a), len(p)) for p, a in pairs if len(a) >= 8]
+    return [document for document in found if not is_looping(document)]
+
+
 def is_looping(document: Document, *, order: int = 4, least_distinct: float = 0.4) -> bool:
     """Whether a text has collapsed: too few of its n-grams are distinct."""
     ids = document.ids[document.prompt_length :]

@@ -1,11 +1,11 @@
-"""Bootstrap intervals over documents."""
+"""How sure a figure is: bootstrap intervals and standard errors over documents."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bootstrap_median", "bootstrap_ratio"]
+__all__ = ["bootstrap_median", "bootstrap_ratio", "ratio_standard_error"]
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -66,6 +66,25 @@ def bootstrap_median(
         draw = rng.integers(len(sample), size=(min(_CHUNK, resamples - at), len(sample)))
         medians[at : at + len(draw)] = np.median(sample[draw], axis=1)
     return _ends(medians, level)
+
+
+def ratio_standard_error(numerator: npt.ArrayLike, denominator: npt.ArrayLike) -> float:
+    """Standard error of `R = sum(numerator) / sum(denominator)` over exchangeable units.
+
+    The usual linearisation: `sqrt(D / (D - 1) * sum((y_i - R x_i)^2)) / sum(x_i)`.
+
+    Args:
+        numerator: One value y for each unit, shape `[D]`, D at least 2.
+        denominator: Values x >= 0, shape `[D]`, not all 0.
+
+    Returns:
+        The standard error; NaN or infinite where a value is.
+    """
+    top, bottom = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    units, total = len(top), bottom.sum()
+    with np.errstate(invalid="ignore"):
+        rest = top - top.sum() / total * bottom
+    return float(np.sqrt(units / (units - 1) * np.square(rest).sum()) / total)
 
 
 def _ends(values: FloatArray, level: float) -> tuple[float, float]:

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["PerplexityResult", "as_documents", "evaluate", "exits_act", "paired_perplexity"]
+__all__ = [
+    "PerplexityResult",
+    "as_documents",
+    "evaluate",
+    "exits_act",
+    "generation_prompt",
+    "paired_perplexity",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,7 @@ def paired_perplexity(
     *,
     cascade: CascadeConfig | None = None,
     exits: bool = True,
+    baseline: SedacForCausalLM | None = None,
     batch_tokens: int | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -96,6 +104,7 @@ def paired_perplexity(
         documents: Documents to score.
         cascade: Thresholds to use in place of the model's own.
         exits: Whether exits are final; without them (or without thresholds) both are the base.
+        baseline: A wrapper whose full depth to compare with; None for the model's own base.
         batch_tokens: Most tokens of one forward; None picks it from the vocabulary.
         resamples: Bootstrap resamples over documents.
         seed: Seed of the bootstrap.
@@ -106,12 +115,14 @@ def paired_perplexity(
     Raises:
         CalibrationError: If no document has a token that the base can score.
     """
-    rules = cascade or model.cascade
-    if exits and rules is not None:
+    rules = (cascade or model.cascade) if exits else None
+    if rules is not None:
         full, exited = score_policies(model, documents, [None, rules], batch_tokens=batch_tokens)
     else:
         full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
         exited = full
+    if baseline is not None:
+        full = score_documents(baseline, documents, None, exits="off", batch_tokens=batch_tokens)
     usable = np.flatnonzero((full.tokens > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(
@@ -209,7 +220,7 @@ def evaluate(
     )
     timing = None
     if speed:
-        prompts = [_prompt(document) for document in chosen]
+        prompts = [generation_prompt(document) for document in chosen]
         timing = benchmark(
             model, prompts, mode=mode, max_new_tokens=max_new_tokens, rounds=rounds, seed=seed
         )
@@ -263,8 +274,15 @@ def as_documents(
     return ready
 
 
-def _prompt(document: Document) -> list[int]:
-    """What generation starts from: the prompt, or the beginning of a text that has none."""
+def generation_prompt(document: Document) -> list[int]:
+    """What generation starts from: the prompt, or the beginning of a text that has none.
+
+    Args:
+        document: A document.
+
+    Returns:
+        Token ids, at least one.
+    """
     length = document.prompt_length or min(_TEXT_PROMPT, len(document) // 2)
     return [int(token) for token in document.ids[: max(1, length)]]
 

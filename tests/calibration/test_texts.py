@@ -10,7 +10,13 @@ import torch
 from transformers import LlamaForCausalLM
 
 from sedac_hf.calibration.documents import Document
-from sedac_hf.calibration.texts import ChatTemplate, RowTemperatures, is_looping, write_texts
+from sedac_hf.calibration.texts import (
+    ChatTemplate,
+    RowTemperatures,
+    answer_prompts,
+    is_looping,
+    write_texts,
+)
 from sedac_hf.errors import CalibrationError
 from tests.micro_model import MicroModel
 
@@ -74,6 +80,22 @@ def test_each_row_has_its_own_temperature() -> None:
     found = RowTemperatures([1.0, 0.5, 2.0])(ids, scores)
     expected = torch.tensor([[1.0, -2.0], [2.0, -4.0], [2.0, float("-inf")]])
     assert torch.equal(found, expected)
+
+
+def test_prompts_are_answered_in_order_and_by_the_seed(micro_model: MicroModel) -> None:
+    documents = micro_model.language.documents(7, seed=12)
+    prompts = [document.ids[: 4 + at] for at, document in enumerate(documents)]
+    state = torch.get_rng_state()
+    first, again, other = (
+        answer_prompts(micro_model.model, prompts, max_answer=24, seed=seed, rows=3)
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert [d.hash for d in first] == [d.hash for d in again] != [d.hash for d in other]
+    assert 4 <= len(first) <= len(prompts)
+    heads = [d.ids[: d.prompt_length].tolist() for d in first]
+    assert heads == [prompt for prompt in prompts if prompt in heads]
+    assert all(8 <= len(d) - d.prompt_length <= 24 for d in first)
 
 
 def test_a_template_that_hides_the_user_is_refused(micro_model: MicroModel) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sedac_hf.evaluation.intervals import bootstrap_median, bootstrap_ratio
+from sedac_hf.evaluation.intervals import bootstrap_median, bootstrap_ratio, ratio_standard_error
 
 
 def test_a_mean_gets_the_interval_that_theory_gives():
@@ -65,3 +65,18 @@ def test_median_interval_contains_the_median():
     low, high = bootstrap_median(values)
     assert low < np.median(values) < high
     assert high - low < 0.7
+
+
+def test_the_standard_error_of_a_ratio_is_its_spread_over_draws():
+    rng = np.random.default_rng(4)
+    found, errors = [], []
+    for _ in range(2000):
+        size = rng.integers(20, 100, 40).astype(float)
+        total = size * rng.normal(0.2, 0.1, 40)
+        found.append(total.sum() / size.sum())
+        errors.append(ratio_standard_error(total, size))
+    assert np.mean(errors) == pytest.approx(np.std(found), rel=0.05)
+    # with units of one size it is the standard error of a mean
+    values = rng.normal(size=30)
+    assert ratio_standard_error(values, np.ones(30)) == pytest.approx(stats.sem(values))
+    assert ratio_standard_error(3 * size, size) == pytest.approx(0.0, abs=1e-12)

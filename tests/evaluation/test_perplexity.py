@@ -58,6 +58,16 @@ def test_other_thresholds_can_be_tried():
     assert model.threshold == 0.1
 
 
+def test_another_baseline_takes_the_place_of_the_base():
+    model, other, some = FakeModel(threshold=0.3), FakeModel(), documents(20)
+    other.table = model.table * 0.5
+    found, own = (paired_perplexity(model, some, baseline=one) for one in (other, None))
+    assert found.sedac_ppl == own.sedac_ppl
+    assert found.base_ppl != pytest.approx(own.base_ppl, rel=0.01)
+    assert found.base_ppl == paired_perplexity(other, some, exits=False).base_ppl
+    assert found.ppl_increase == pytest.approx(found.sedac_ppl / found.base_ppl - 1)
+
+
 def test_exits_that_change_nothing_have_an_interval_of_no_width():
     found = paired_perplexity(FakeModel(threshold=0.0), documents(20))
     assert found.ppl_increase == 0.0

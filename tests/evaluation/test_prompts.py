@@ -9,7 +9,8 @@ import pytest
 
 from sedac_hf.errors import ConfigError
 from sedac_hf.evaluation import prompts as module
-from sedac_hf.evaluation.prompts import PROMPT_GROUPS, load_prompts
+from sedac_hf.evaluation.prompts import PROMPT_GROUPS, encode_prompt, load_prompts
+from tests.artefacts import make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,3 +71,11 @@ def test_a_damaged_file_is_named_with_its_line(line, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "files", lambda _: tmp_path)
     with pytest.raises(ConfigError, match=r"chat\.jsonl, line 2"):
         load_prompts("chat")
+
+
+def test_a_prompt_becomes_a_chat_where_the_tokenizer_knows_one():
+    plain, chat = make_tokenizer(), make_tokenizer(chat=True)
+    assert encode_prompt(plain, "w08 w09") == encode_prompt(chat, "w08 w09", raw=True) == [8, 9]
+    assert encode_prompt(chat, "w08", system="w07") == chat("w07 w08 w05")["input_ids"]
+    with pytest.raises(ConfigError, match="chat template"):
+        encode_prompt(plain, "w08", system="w07")

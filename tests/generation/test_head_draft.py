@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from sedac_hf.core.exit_cache import previous_states
 from sedac_hf.generation.head_draft import HeadDraft
 from tests.core.test_module_pass import Whole
-from tests.generation.test_exact import EXACT, GREEDY, _eager, padded
+from tests.generation.drafting import EXACT, GREEDY, _eager, padded
 from tests.tiny_models import WIDTH
 from tests.wrapping import wrap
 

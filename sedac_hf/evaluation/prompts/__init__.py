@@ -1,4 +1,4 @@
-"""Prompts for measuring speed, written for this repository; nothing is fitted or evaluated on them.
+"""Prompts to measure with, written for this repository; nothing is fitted on them.
 
 Chat and code are single requests. A grounded prompt asks to summarise, edit or extract from a text
 that stands in the prompt, so that the answer repeats parts of it.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sedac_hf.errors import ConfigError
 
-__all__ = ["PROMPT_GROUPS", "load_prompts"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["PROMPT_GROUPS", "encode_prompt", "load_prompts"]
 
 PROMPT_GROUPS = ("chat", "code", "grounded")
 
@@ -44,6 +47,34 @@ def load_prompts(group: str, count: int | None = None) -> list[str]:
         return prompts
     picks = np.linspace(0, len(prompts) - 1, count).round().astype(int)
     return [prompts[at] for at in picks]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, system: str | None = None, raw: bool = False
+) -> list[int]:
+    """Token ids of a prompt, as a chat where the tokenizer knows one.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: The prompt.
+        system: System message of the chat.
+        raw: Leave the chat template out.
+
+    Returns:
+        Token ids, possibly none.
+
+    Raises:
+        ConfigError: If a system message is given and there is no chat.
+    """
+    if getattr(tokenizer, "chat_template", None) and not raw:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": text})
+        template: Any = tokenizer.apply_chat_template
+        chat = template(messages, add_generation_prompt=True, return_dict=True)
+        return list(chat["input_ids"])
+    if system:
+        raise ConfigError("a system message needs a chat template, and there is none here.")
+    return list(tokenizer(text)["input_ids"])
 
 
 def _prompt(line: str, where: str) -> str:

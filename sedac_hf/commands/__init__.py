@@ -1,0 +1,1 @@
+"""One file for each subcommand of `sedac`: its arguments and its help. The work is elsewhere."""

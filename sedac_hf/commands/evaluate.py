@@ -1,0 +1,84 @@
+"""`sedac eval`: what can be asked of it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from sedac_hf.cli_options import (
+    Base,
+    Data,
+    Device,
+    Documents,
+    Dtype,
+    Json,
+    Mode,
+    Model,
+    Quiet,
+    ReportFile,
+    Seed,
+    TimedPrompts,
+    TimedRounds,
+    TimedTokens,
+    Uncertified,
+)
+from sedac_hf.cli_support import EXIT_FAILED, Screen, default_artefact, reported, write_json
+
+__all__ = ["evaluate"]
+
+
+@reported
+def evaluate(
+    model: Model = None,
+    base: Base = None,
+    mode: Mode = None,
+    uncertified: Uncertified = False,
+    data: Data = None,
+    documents: Documents = 64,
+    speed: Annotated[bool, typer.Option(help="Measure speed too.")] = True,
+    max_new_tokens: TimedTokens = 64,
+    rounds: TimedRounds = 5,
+    prompts: TimedPrompts = 8,
+    max_increase: Annotated[
+        float | None,
+        typer.Option(help="Exit with code 1 if perplexity rises by more (0.01 = 1 %)."),
+    ] = None,
+    output: ReportFile = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Print perplexity, exits and speed beside those of the base, in one table.
+
+    Perplexity is that of the model that generates: every token after a prompt follows the exit
+    rule. Speed is that of real generate() calls at batch 1, against base.generate() and against our
+    own loop without exits. Without MODEL it measures the artefact of the repository.
+    """
+    from sedac_hf.cli_run import run_evaluation
+
+    report = run_evaluation(
+        model or default_artefact(),
+        base=base,
+        mode=mode,
+        uncertified=uncertified,
+        data=data,
+        documents=documents,
+        speed=speed,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        prompts=prompts,
+        output=output,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        screen=Screen(quiet=quiet, as_json=as_json),
+    )
+    if as_json:
+        write_json(report)
+    rise = report["ppl_increase"]
+    if max_increase is not None and (rise is None or rise > max_increase):
+        Screen().err.print(f"perplexity rises by more than {max_increase:.2%}", style="red")
+        raise typer.Exit(EXIT_FAILED)

@@ -159,6 +159,6 @@ def _largest_gap(parts: ExitParts) -> float:
 
 
 def _forward(shell: BaseShell, ids: Tensor, cache: DynamicCache | None = None) -> Tensor:
-    given = {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
+    given = {"use_cache": False} if cache is None else shell.cached(cache)
     logits: Tensor = shell.base(input_ids=ids, **given).logits
     return logits

@@ -110,8 +110,7 @@ def _place_of(call: LayerCall, mask: Tensor, shell: BaseShell) -> int | str:
             return name
     raise UnsupportedModelError(
         f"{type(shell.base).__name__} makes its layers' mask itself (positions as a bias of the "
-        "mask, such as ALiBi), so nodes of a tree cannot be told apart. It runs without "
-        "drafts."
+        "mask, such as ALiBi), so nodes of a tree cannot be told apart."
     )
 
 

@@ -121,6 +121,7 @@ class ExactDecoding(ModeControl):
         loop.decode()
         texts.end()
         session.drafted = loop.stats
+        session.drafted.chains_reason = "" if run.holds_trees else choice.reason
         session.drafted.choices = governors.to_dict()
         if stores:
             if head is not None:

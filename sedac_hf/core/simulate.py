@@ -54,7 +54,9 @@ def simulate(
     arguments = {**arguments, "use_cache": False}
     labels, keep = arguments.pop("labels", None), arguments.pop("logits_to_keep", 0)
     if cache_in(arguments) is not None:
-        raise ModeError("exits='simulate' runs whole sequences: it takes no cache.")
+        raise ModeError(
+            "exits='simulate' runs whole sequences: it takes no cache (past_key_values)."
+        )
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ModeError("exits='simulate' needs an attention mask of shape [rows, seq], or none.")

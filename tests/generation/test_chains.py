@@ -157,7 +157,9 @@ def test_settled_exits_and_plain_are_as_the_loop_over_modules_has_them(
     values = {**GREEDY, "return_dict_in_generate": True, "sedac_mode": "certified"}
     found = model.generate(ids, **values)
     assert model.exit_stats.runs_on == "modules"
-    assert 0 < float((found.exit_layers[:, 1:] < LAYERS).float().mean()) < 1
+    left = found.exit_layers[:, 1:] < LAYERS
+    assert left.any()
+    assert rows == 1 or not left.all()
     monkeypatch.setattr("sedac_hf.generation.exact.why_not", lambda *args: "told to")
     expected = model.generate(ids, **values)
     assert torch.equal(found.sequences, expected.sequences)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from sedac_hf.config import SedacConfig
+from sedac_hf.core.cache_names import cache_name, with_cache_as
 from sedac_hf.errors import ConfigError, ModeError
 
 __all__ = [
@@ -84,22 +85,24 @@ class BaseDelegation:
         input_ids: Tensor,
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The base's own preparation of a step's inputs."""
+        prepare = self.base_lm.prepare_inputs_for_generation
+        kwargs |= {"cache": cache, "past_key_values": past_key_values}
         return cast(
             "dict[str, Any]",
-            self.base_lm.prepare_inputs_for_generation(
+            prepare(
                 input_ids,
                 next_sequence_length=next_sequence_length,
-                past_key_values=past_key_values,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 is_first_iteration=is_first_iteration,
-                **kwargs,
+                **with_cache_as(cache_name(prepare), kwargs),
             ),
         )
 

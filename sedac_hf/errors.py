@@ -39,7 +39,7 @@ class ModeError(SedacError, ValueError):
 
 
 class CacheError(SedacError):
-    """A cache keeps its K/V in a form that cannot be used, or has no room for more."""
+    """A cache has a form that cannot be used, no room for more, or is one of two given."""
 
 
 class CalibrationError(SedacError):

@@ -12,6 +12,7 @@ from transformers.modeling_utils import PreTrainedModel
 from sedac_hf.artefact_methods import ArtefactMethods
 from sedac_hf.config import CheckpointSpec, SedacConfig
 from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.cache_names import CACHE_NAMES, cache_name, with_cache_as
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.decoder_loop import DecodeLoop
 from sedac_hf.core.exit_heads import ExitHead
@@ -62,7 +63,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
     config_class = SedacConfig
     base_model_prefix = "base_lm"
     main_input_name = "input_ids"
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - declared by transformers
+    _skip_keys_device_placement = list(CACHE_NAMES)  # noqa: RUF012 - declared by transformers
     supports_gradient_checkpointing = True
 
     def __init__(
@@ -114,6 +115,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.exit_stats = ExitStats(self.shell.num_layers, [spec.layer_idx for spec in specs])
         self._assembly: Assembly | None = None
         self._accepted = accepted_arguments(base)
+        self._cache_name = cache_name(type(base).forward)
         self.post_init()  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -179,6 +181,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         exits: str | None = None,
         exit_start: Tensor | int | None = None,
         **kwargs: Any,
@@ -190,6 +193,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             attention_mask: As the base takes it.
             position_ids: As the base takes it.
             past_key_values: A transformers cache.
+            cache: The same under the name that transformers gives it from 5.24 on.
             inputs_embeds: Embeddings `[rows, seq, width]` in place of `input_ids`.
             labels: Targets `[rows, seq]` for a loss; then the base itself runs.
             use_cache: Whether to keep K/V.
@@ -210,11 +214,13 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "past_key_values": past_key_values,
+            "cache": cache,
             "inputs_embeds": inputs_embeds,
             "labels": labels,
             "use_cache": use_cache,
             **kwargs,
         }
+        arguments = with_cache_as(self._cache_name, arguments)
         arguments = {name: value for name, value in arguments.items() if value is not None}
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             arguments["logits_to_keep"] = logits_to_keep
@@ -235,7 +241,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         mode = "off" if exits == "off" else self._mode(None)
         if mode == "off":
             return self.base_lm(**arguments)
-        session = self._session(mode, prepare="past_key_values" not in arguments)
+        session = self._session(mode, prepare=self._cache_name not in arguments)
         output = self._run(session, arguments)
         if session.pending is not None:
             self.exit_stats.add(session.pending.layers, session.pending.tries)
@@ -256,7 +262,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         config = self.base_lm.config
         cached = arguments.get("use_cache")
         if cached is None:
-            cached = getattr(config, "use_cache", True) or "past_key_values" in arguments
+            cached = getattr(config, "use_cache", True) or self._cache_name in arguments
         return bool(cached) and not (
             self.training
             or "labels" in arguments
@@ -293,6 +299,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         """
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         refuse_early_exit_assistant(given, kwargs, self.generation_config)
+        kwargs = with_cache_as(cache_name(GenerationMixin.prepare_inputs_for_generation), kwargs)
         mode = self._mode(sedac_mode)
         if mode == "off":
             return self.base_lm.generate(*args, **kwargs)

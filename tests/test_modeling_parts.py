@@ -82,7 +82,7 @@ def test_exit_start_of_another_length_is_refused(llama: PreTrainedModel) -> None
     with pytest.raises(ConfigError, match="one per row"):
         model(prompt(3, 5), exits="simulate", exit_start=torch.tensor([1, 2]))
     cache = llama(prompt(1, 2)).past_key_values
-    with pytest.raises(ModeError, match="takes no past_key_values"):
+    with pytest.raises(ModeError, match="takes no cache"):
         model(prompt(1, 5), exits="simulate", past_key_values=cache)
 
 

@@ -69,6 +69,45 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 ARCHITECTURES = tuple(_CONFIGS)
 
+# Bases whose attention goes by slots: positions as a bias of the scores (ALiBi), windows and chunks
+# that are counted in slots. They cannot be given a mask of a tree.
+_BY_SLOT: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("Bloom", _COMMON),
+    "falcon-alibi": ("Falcon", {**_COMMON, "multi_query": True, "alibi": True, "bias": True}),
+    "mpt": (
+        "Mpt",
+        {
+            "d_model": WIDTH,
+            "n_heads": 4,
+            "n_layers": LAYERS,
+            "vocab_size": VOCABULARY,
+            "max_seq_len": 128,
+            "use_cache": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gpt-neo": (
+        "GPTNeo",
+        {
+            **_COMMON,
+            "intermediate_size": 48,
+            "attention_types": [[["global", "local"], LAYERS // 2]],
+            "window_size": WINDOW,
+        },
+    ),
+    "llama4": (
+        "Llama4",
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "intermediate_size_mlp": 48,
+            "num_local_experts": 2,
+            "attention_chunk_size": WINDOW,
+        },
+    ),
+}
+BY_SLOT = tuple(_BY_SLOT)
+
 
 def build_tiny(
     name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
@@ -76,13 +115,13 @@ def build_tiny(
     """A tiny random causal LM in evaluation mode.
 
     Args:
-        name: One of `ARCHITECTURES`.
+        name: One of `ARCHITECTURES` or `BY_SLOT`.
         seed: Seed of its weights.
         dtype: Type of its weights.
         **changes: Fields of its configuration to change.
     """
-    stem, values = _CONFIGS[name]
-    kind = "Gemma3Text" if stem == "Gemma3" else stem
+    stem, values = {**_CONFIGS, **_BY_SLOT}[name]
+    kind = f"{stem}Text" if stem in ("Gemma3", "Llama4") else stem
     config = getattr(transformers, f"{kind}Config")(**{**values, **changes})
     suffix = "LMHeadModel" if stem == "GPT2" else "ForCausalLM"
     with torch.random.fork_rng(devices=[]):

@@ -182,7 +182,7 @@ def answer_prompts(
         torch.manual_seed(seed)
         for at in range(0, len(prompts), rows):
             some = [list(prompt) for prompt in prompts[at : at + rows]]
-            answers = _continue(base, some, max_answer, stop, temperature=temperature)
+            answers = _continue(base, some, max_answer, stop, [temperature] * len(some))
             pairs = zip(some, answers, strict=True)
             found += [Document(np.asarray(p + a), len(p)) for p, a in pairs if len(a) >= 8]
     return [document for document in found if not is_looping(document)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
+from sedac_hf.core.cache_names import cache_name
 from sedac_hf.core.epilogue import watch_epilogue
 from sedac_hf.core.stand_ins import (
     RECORD,
@@ -56,7 +57,6 @@ class BaseShell:
         decoder: The module that owns the layers.
         num_layers: Number of decoder layers.
         cache_kwarg: Name of a layer's cache argument.
-        cache_place: Its place among positional arguments after the hidden state.
         cache_place: Its place among positional arguments behind the hidden state.
         layer_list: The layers as a plain list, as of the last run.
     """
@@ -74,7 +74,8 @@ class BaseShell:
         self.base: Any = base
         self.decoder, self._layers_name = find_decoder(base)
         self._path = module_path(base, self.decoder)
-        self.cache_kwarg, self.cache_place = find_cache_argument(self.layers[0])
+        self.cache_kwarg, self.cache_place = find_cache_argument(self.layers[0], self.decoder)
+        self._cache_name = cache_name(type(base).forward)
         self.num_layers = len(self.layers)
         self.layer_list: list[nn.Module] = []
         self._stubs: list[LayerStub] = []
@@ -144,6 +145,14 @@ class BaseShell:
         except PrologueDone as done:
             return done.hidden, done.calls
         raise SedacError(f"{type(self.base).__name__} never reached its layers.")
+
+    def cached(self, cache: Any) -> dict[str, Any]:
+        """Arguments by which the base's forward, and `prologue`, work on a cache.
+
+        Args:
+            cache: A transformers cache.
+        """
+        return {self._cache_name: cache, "use_cache": True}
 
     def layer(self, i: int, hidden: Tensor, call: LayerCall, cache: Any = KEEP) -> Tensor:
         """Run decoder layer `i`.

@@ -15,6 +15,7 @@ class DraftStats:
 
     Attributes:
         reason: Why the last call in exact mode ran without drafts; empty when it did not.
+        chains_reason: Why drafts of the last call were chains; empty when they were trees.
         choices: What each governor has measured and decided, as of the last call.
     """
 
@@ -32,7 +33,7 @@ class DraftStats:
             self._offered: Counter[int] = Counter()
             self._accepted: Counter[int] = Counter()
             self._sources: Counter[str] = Counter()
-            self.reason = ""
+            self.reason = self.chains_reason = ""
             self.choices: list[dict[str, Any]] = []
 
     def add_pass(self, nodes: int, levels: int, rows: int, tokens: int) -> None:
@@ -78,6 +79,7 @@ class DraftStats:
             for name in ("_nodes", "_levels", "_offered", "_accepted", "_sources"):
                 getattr(self, name).update(getattr(other, name))
             self.reason, self.choices = other.reason, other.choices
+            self.chains_reason = other.chains_reason
 
     @property
     def passes(self) -> int:
@@ -113,6 +115,7 @@ class DraftStats:
                 "passes_by_levels": dict(sorted(self._levels.items())),
                 "accepted_by_source": dict(sorted(self._sources.items())),
                 "reason_without_drafts": self.reason,
+                "reason_for_chains": self.chains_reason,
                 "governors": self.choices,
             }
 

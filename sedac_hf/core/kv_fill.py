@@ -127,7 +127,7 @@ def fill_by_proxy(
 def _agrees(shell: BaseShell, stacked: StackedKV, first_layer: int) -> bool:
     """Whether the stacked product writes the K/V that the layers write themselves."""
     ids = torch.ones((2, 3), dtype=torch.long, device=shell.input_device)
-    _, calls = shell.prologue(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
+    _, calls = shell.prologue(input_ids=ids, **shell.cached(DynamicCache()))
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn((2, 3, stacked.width), generator=generator)
     hidden = hidden.to(stacked.device, stacked.dtype)

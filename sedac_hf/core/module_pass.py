@@ -43,6 +43,8 @@ class ModulePass:
     One object serves one call of `generate`.
     """
 
+    holds_trees = True
+
     def __init__(self, parts: ExitParts) -> None:
         """Begin with empty rows.
 
@@ -104,12 +106,12 @@ class ModulePass:
 
     def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
         """See `RowPass.layers`."""
-        calls = self._begin(hidden, at)
+        calls = self._begin(BASE, hidden, at)
         return self._parts.passes.run(hidden, calls, start, stop)
 
     def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
         """See `RowPass.head`."""
-        calls = self._begin(hidden, at)
+        calls = self._begin(k, hidden, at)
         return self._parts.apply_head(k, hidden, calls, self._cache, feedback)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -135,8 +137,8 @@ class ModulePass:
         rows = torch.arange(len(length)).unsqueeze(1)
         self._cache.move(layers, rows, torch.from_numpy(source), torch.from_numpy(target))
 
-    def _begin(self, hidden: Tensor, at: Placement) -> list[LayerCall]:
-        """Aim the cache at a placement; calls of all layers."""
+    def _begin(self, part: int, hidden: Tensor, at: Placement) -> list[LayerCall]:
+        """Aim the cache of a part at a placement; calls of all layers."""
         self._cache.writing.point(at.slots, slots_in_use(at))
         return self._calls.at(at, hidden)
 

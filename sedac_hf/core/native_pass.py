@@ -44,6 +44,11 @@ class NativePass:
         output = None if draft is None else (draft, model.output(draft))
         self._set_up(model, model.parts(thorough=True), True, output)
 
+    @property
+    def holds_trees(self) -> bool:
+        """See `RowPass.holds_trees`."""
+        return True
+
     @classmethod
     def of_parts(cls, model: NativeModel, parts: NativeParts) -> NativePass:
         """A pass over one state of the weights, which are not looked at again.

@@ -28,6 +28,7 @@ class Writing:
 
     Attributes:
         top: Slots in use, those of the call included.
+        nodes: Nodes of the call.
         start: First slot of the nodes where they are the same for all rows, else None.
         rows: Row of each node, `[rows, 1]`.
         slots: Slot of each node, `[rows, n]`.
@@ -35,7 +36,7 @@ class Writing:
 
     def __init__(self) -> None:
         """Nothing is written yet."""
-        self.top = 0
+        self.top = self.nodes = 0
         self.start: int | None = 0
         self.rows = torch.zeros((0, 1), dtype=torch.long)
         self.slots = torch.zeros((0, 0), dtype=torch.long)
@@ -47,7 +48,7 @@ class Writing:
             slots: Slot of each node, `[rows, n]`; the nodes of a row stand side by side.
             top: Slots in use.
         """
-        self.top = top
+        self.top, self.nodes = top, slots.shape[1]
         first = slots[:, 0]
         self.start = int(first[0]) if (first == first[0]).all() else None
         if self.start is None:
@@ -138,7 +139,7 @@ class RowLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Slots before those of the running call."""
-        return max(self._writing.top - self._writing.slots.shape[1], 0)
+        return self._writing.top - self._writing.nodes
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what `update` returns."""
@@ -209,6 +210,23 @@ class RowCache(Cache):
         for block in blocks.values():
             if block is not None:
                 block.move(rows, source, target)
+
+    def shift(self, layers: Sequence[int], by: IntArray, slots: int) -> None:
+        """Move whole rows along their slots.
+
+        Args:
+            layers: Layers to do it in, as for `move`.
+            by: How far each row goes, `[rows]`; below 0 towards the first slot.
+            slots: Slots in use afterwards; what is moved beyond them or before the first is lost.
+        """
+        for block in {id(self.layers[i].block): self.layers[i].block for i in layers}.values():
+            if block is not None:
+                block.reserve(slots)
+        rows = np.flatnonzero(by)
+        target = np.broadcast_to(np.arange(slots), (len(rows), slots))
+        source = np.clip(target - by[rows, None], 0, slots - 1)
+        at = torch.from_numpy(rows).unsqueeze(1)
+        self.move(layers, at, torch.from_numpy(source), torch.from_numpy(target.copy()))
 
     def read(self, layer: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """K and V of some slots of a layer, `[rows, heads, stop - start, width]`."""

@@ -66,8 +66,7 @@ class RowCalls:
             input_ids=tokens.to(device),
             attention_mask=sentinel,
             position_ids=torch.from_numpy(np.array(positions)).to(device),
-            past_key_values=self._cache,
-            use_cache=True,
+            **shell.cached(self._cache),
         )
         self._places = [_place_of(call, sentinel, shell) for call in calls]
         self._recorded, self._positions, self._at = calls, np.array(positions), None
@@ -111,8 +110,7 @@ def _place_of(call: LayerCall, mask: Tensor, shell: BaseShell) -> int | str:
             return name
     raise UnsupportedModelError(
         f"{type(shell.base).__name__} makes its layers' mask itself (positions as a bias of the "
-        "mask, such as ALiBi), so nodes of a tree cannot be told apart. It runs without "
-        "drafts."
+        "mask, such as ALiBi), so nodes of a tree cannot be told apart."
     )
 
 

@@ -66,6 +66,14 @@ class RowPass(Protocol):
     the loop counts. A slot may be written again: what stood there is replaced.
     """
 
+    @property
+    def holds_trees(self) -> bool:
+        """Whether open nodes may form a tree.
+
+        Where not they are chains: each node sees those before it, a chain's beginning is kept.
+        """
+        ...
+
     def load(self, cache: Any) -> IntArray:
         """Take over a transformers cache after a prompt, exit heads' layers included.
 

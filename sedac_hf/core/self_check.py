@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cache_names import cache_in
 from sedac_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def self_check(shell: BaseShell) -> None:
 
     # Dropout, if the base is in training mode, must fall alike on both sides.
     with torch.random.fork_rng(devices=[] if device.type != "cuda" else [device]):
-        expected = _two_steps(lambda **kwargs: shell.base(**kwargs), ids)
-        found = _two_steps(lambda **kwargs: shell.run(loop, **kwargs), ids)
+        expected = _two_steps(shell, lambda **kwargs: shell.base(**kwargs), ids)
+        found = _two_steps(shell, lambda **kwargs: shell.run(loop, **kwargs), ids)
     name = type(shell.base).__name__
     for ours, theirs in zip(found[:2], expected[:2], strict=True):
         if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3, equal_nan=True):
@@ -56,11 +57,11 @@ def self_check(shell: BaseShell) -> None:
         )
 
 
-def _two_steps(forward: Any, ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def _two_steps(shell: BaseShell, forward: Any, ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     """Logits of the prompt and of the step after it, and the lengths of the cache layers."""
     torch.manual_seed(_SEED)
     first = forward(input_ids=ids[:, :_PROMPT], use_cache=True)
-    cache = first.past_key_values
-    second = forward(input_ids=ids[:, _PROMPT:], past_key_values=cache, use_cache=True)
+    cache = cache_in(first)
+    second = forward(input_ids=ids[:, _PROMPT:], **shell.cached(cache))
     lengths = [int(cache.get_seq_length(i)) for i in range(len(cache))]
     return first.logits, second.logits, lengths

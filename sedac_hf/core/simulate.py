@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cache_names import cache_in
 from sedac_hf.core.decoder_loop import ExitParts
 from sedac_hf.core.exit_step import checkpoint_decision, top_probability
 from sedac_hf.core.recorded_pass import RecordedPass
@@ -52,8 +53,10 @@ def simulate(
     """
     arguments = {**arguments, "use_cache": False}
     labels, keep = arguments.pop("labels", None), arguments.pop("logits_to_keep", 0)
-    if arguments.pop("past_key_values", None) is not None:
-        raise ModeError("exits='simulate' runs whole sequences: it takes no past_key_values.")
+    if cache_in(arguments) is not None:
+        raise ModeError(
+            "exits='simulate' runs whole sequences: it takes no cache (past_key_values)."
+        )
     mask = arguments.get("attention_mask")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ModeError("exits='simulate' needs an attention mask of shape [rows, seq], or none.")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.core.cache_names import with_cache_as
+
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
 
@@ -72,6 +74,8 @@ class LayerStub:
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Note the call; hand the state on as the layer would."""
         record = RECORD.get()
+        if self._shell.cache_kwarg not in kwargs:  # an older name that the layer would translate
+            kwargs = with_cache_as(self._shell.cache_kwarg, kwargs)
         record.calls.append(LayerCall(args, kwargs))
         if record.first_only:
             raise PrologueDone(hidden, record.calls)

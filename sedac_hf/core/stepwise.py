@@ -50,7 +50,7 @@ def step_by_step(
     while at < seq:
         stop = first if at < first else at + 1
         step = {name: _positions(name, value, at, stop) for name, value in arguments.items()}
-        step |= {"use_cache": True, "past_key_values": cache}
+        step |= parts.shell.cached(cache)
         rule = None if at < first else eligible[:, at]
         loop = DecodeLoop(parts, session, step.get("attention_mask", mask), rule)
         if recorded is not None:

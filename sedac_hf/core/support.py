@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sedac_hf.core.cache_names import CACHE_NAMES, cache_name
 from sedac_hf.errors import UnsupportedModelError
 
 __all__ = [
@@ -20,7 +21,7 @@ __all__ = [
     "unwrap_adapter",
 ]
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
+_LAYER_CACHE_NAMES = (*CACHE_NAMES, "layer_past", "past_key_value")
 # Layer types that keep plain K/V of every position, so that a skipped layer can be filled in.
 _FILLABLE = {"full_attention", "sliding_attention", "chunked_attention", "sparse", "dense"}
 
@@ -158,11 +159,12 @@ def module_path(root: nn.Module, target: nn.Module) -> list[str]:
     )
 
 
-def find_cache_argument(layer: nn.Module) -> tuple[str, int]:
+def find_cache_argument(layer: nn.Module, decoder: nn.Module) -> tuple[str, int]:
     """How a decoder layer takes its cache.
 
     Args:
         layer: A decoder layer.
+        decoder: The module that calls it.
 
     Returns:
         Name of the parameter and its place among the arguments after the hidden state.
@@ -171,13 +173,13 @@ def find_cache_argument(layer: nn.Module) -> tuple[str, int]:
         UnsupportedModelError: If no known name is among the parameters.
     """
     names = list(inspect.signature(type(layer).forward).parameters)[2:]
-    for name in CACHE_ARGUMENTS:
+    for name in _LAYER_CACHE_NAMES:
         if name in names:
             return name, names.index(name)
-    if "kwargs" in names:
-        return CACHE_ARGUMENTS[0], len(names)
+    if "kwargs" in names:  # handed on under the decoder's own name
+        return cache_name(type(decoder).forward), len(names)
     raise UnsupportedModelError(
-        f"{type(layer).__name__}.forward takes none of {CACHE_ARGUMENTS}; found {names}."
+        f"{type(layer).__name__}.forward takes none of {_LAYER_CACHE_NAMES}; found {names}."
     )
 
 

@@ -149,7 +149,7 @@ def _torch_parts(shell: BaseShell, context: int, nodes: int) -> list[Callable[[]
         cache.update(past, past, i)
     ids = torch.ones((1, nodes), dtype=torch.long)
     with torch.inference_mode():
-        hidden, calls = shell.prologue(input_ids=ids, past_key_values=cache, use_cache=True)
+        hidden, calls = shell.prologue(input_ids=ids, **shell.cached(cache))
 
     def group(start: int) -> Tensor:
         state = hidden

@@ -44,18 +44,20 @@ class DraftTree:
         matched: Tokens that matched where a continuation was found in the text, else 0.
     """
 
-    def __init__(self, root: int, limit: int) -> None:
+    def __init__(self, root: int, limit: int, *, chain: bool = False) -> None:
         """Begin with the root alone.
 
         Args:
             root: The last token of the text.
             limit: Largest depth that may be of use; 0 for no drafts.
+            chain: Whether each node may have one child only.
         """
         self.tokens, self.parents, self.scores = [root], [-1], [1.0]
         self.depths, self.origins, self.ranks = [0], [ROOT], [0]
         self.expanded: set[int] = set()
         self.matched = 0
         self._limit = limit
+        self._chain = chain
         self._children: dict[tuple[int, int], int] = {}
         self._pending: list[_Candidate] = []
         self._offers = 0
@@ -77,7 +79,8 @@ class DraftTree:
             probabilities: What the exit gives them; what is not finite is left out.
         """
         self.expanded.add(parent)
-        if self.depths[parent] >= self._limit:
+        ended = self._chain and parent != len(self) - 1
+        if ended or self.depths[parent] >= self._limit:
             return
         for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True)):
             score = self.scores[parent] * probability
@@ -118,6 +121,8 @@ class DraftTree:
             if node is None:
                 node = self._add(best)
                 taken.append(node)
+                if self._chain:
+                    self._drop_rivals(best, node)
             self._follow(node, best.rest)
         for candidate in put_off:
             heapq.heappush(self._pending, candidate)
@@ -136,7 +141,9 @@ class DraftTree:
                 kept.pop()
 
     def pad(self, nodes: int) -> None:
-        """Fill up with blank nodes, which are never accepted."""
+        """Fill up with blank nodes, which are never accepted; a chain ends before them."""
+        if self._chain and len(self.tokens) < nodes:
+            self._limit, self._pending = 0, []
         while len(self.tokens) < nodes:
             self.tokens.append(self.tokens[0])
             self.parents.append(0)
@@ -144,6 +151,13 @@ class DraftTree:
             self.depths.append(1)
             self.origins.append(BLANK)
             self.ranks.append(0)
+
+    def _drop_rivals(self, best: _Candidate, node: int) -> None:
+        """Give up what else might have followed a parent; paths through the new node go on."""
+        rivals, self._pending = self._pending, []
+        for rival in rivals:
+            if (rival.parent, rival.token) == (best.parent, best.token):
+                self._follow(node, rival.rest)
 
     def _follow(self, node: int, path: tuple[tuple[int, float], ...]) -> None:
         if path and self.depths[node] < self._limit:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cache_names import cache_in
 from sedac_hf.core.choose_pass import PassChoice, choose_pass
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.exact_call import ExactCall, cache_of, outcome, rows_behind, why_not
+from sedac_hf.generation.exact_call import ExactCall, outcome, rows_behind, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.row_texts import RowTexts
@@ -95,7 +96,7 @@ class ExactDecoding(ModeControl):
         model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
         logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
         del outputs
-        cache = cache_of(model_kwargs)
+        cache = cache_in(model_kwargs)
         parts = self.assembly.parts
         parts = replace(parts, draft=parts.draft.extended(call.input_ids))
         run, length = choice.begin(parts, cache)
@@ -120,6 +121,7 @@ class ExactDecoding(ModeControl):
         loop.decode()
         texts.end()
         session.drafted = loop.stats
+        session.drafted.chains_reason = "" if run.holds_trees else choice.reason
         session.drafted.choices = governors.to_dict()
         if stores:
             if head is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from sedac_hf.core.cache_names import cache_in, cache_name
 from sedac_hf.core.module_pass import readable_layers
 from sedac_hf.generation.acceptance import processors_by_row
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor
@@ -23,11 +24,9 @@ if TYPE_CHECKING:
 
     from sedac_hf.generation.row_texts import RowTexts
 
-__all__ = ["ExactCall", "cache_of", "outcome", "rows_behind", "why_not"]
+__all__ = ["ExactCall", "outcome", "rows_behind", "why_not"]
 
 IntArray = npt.NDArray[np.int64]
-
-_CACHES = ("cache", "past_key_values")  # what versions of transformers call it
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,6 @@ class ExactCall:
         return LogitsProcessorList(others)
 
 
-def cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The cache of a call, or None.
-
-    Args:
-        model_kwargs: What transformers carries from step to step.
-    """
-    found = [model_kwargs[name] for name in _CACHES if model_kwargs.get(name) is not None]
-    return found[0] if found else None
-
-
 def why_not(call: ExactCall, model_kwargs: dict[str, Any]) -> str | None:
     """Why a call cannot be decoded in exact mode, or None when it can.
 
@@ -65,7 +54,7 @@ def why_not(call: ExactCall, model_kwargs: dict[str, Any]) -> str | None:
         model_kwargs: What transformers carries from step to step.
     """
     rows = call.input_ids.shape[0]
-    cache = cache_of(model_kwargs)
+    cache = cache_in(model_kwargs)
     mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
     reasons = {
         "attentions and hidden states of each step were asked for": (
@@ -120,10 +109,13 @@ def outcome(texts: RowTexts, call: ExactCall, model_kwargs: dict[str, Any]) -> A
     sequences = texts.sequences()
     if not call.config.return_dict_in_generate:
         return sequences
-    name = "cache" if "cache" in model_kwargs else "past_key_values"
-    given = {"scores": texts.scores(), "logits": texts.logits(), name: cache_of(model_kwargs)}
     output: Any = GenerateDecoderOnlyOutput
-    return output(sequences=sequences, **given)
+    return output(
+        sequences=sequences,
+        scores=texts.scores(),
+        logits=texts.logits(),
+        **{cache_name(output): cache_in(model_kwargs)},
+    )
 
 
 def _padding(mask: Any) -> IntArray | None:

@@ -98,7 +98,11 @@ class ExactLoop:
         state, texts, governor = self._state, self._texts, self._governor
         alive = ~texts.done
         trees = [
-            DraftTree(int(self._roots[row]), max(texts.remaining(row) - 1, 0))
+            DraftTree(
+                int(self._roots[row]),
+                max(texts.remaining(row) - 1, 0),
+                chain=not self._run.holds_trees,
+            )
             for row in range(state.rows)
         ]
         cycle = governor.begin()

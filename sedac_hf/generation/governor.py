@@ -71,7 +71,7 @@ class Governor:
             level: Seconds of one call of the head, early layers and draft logits included.
             most_nodes: Nodes verified at most.
             most_levels: Calls of the head at most.
-            width: Nodes that each level behind the first expands.
+            width: Nodes that each level behind the first expands; 1 where drafts are chains.
         """
         self.most_nodes, self.most_levels, self.width = most_nodes, most_levels, width
         self._full = full

@@ -24,6 +24,7 @@ __all__ = ["Governors", "measure_level", "measure_passes"]
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS = 2
 _DEAR = 2.0
+_WIDTH = 2  # nodes that a level behind the first expands, where drafts are trees
 
 Clock = Callable[[], float]
 
@@ -74,18 +75,20 @@ class Governors:
             found = self._known.get(key)
             if found is not None:
                 return found
+            width = _WIDTH if run.holds_trees else 1
             full = self._full.get(state.rows)
             if full is None:
                 full = PassCosts(measure_passes(run, state, 0, depth, clock))
                 self._full[state.rows] = full
             if head is None:
-                found = Governor(full)
+                found = Governor(full, width=width)
             else:
                 tail = full
                 if head.layer >= 0:
                     costs = measure_passes(run, state, head.layer + 1, depth, clock)
                     tail = PassCosts(costs)
-                found = Governor(full, tail, measure_level(head, state.rows, clock))
+                level = measure_level(head, state.rows, clock)
+                found = Governor(full, tail, level, width=width)
             self._known[key] = found
             return found
 

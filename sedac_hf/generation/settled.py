@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cache_names import cache_in
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.exact_call import cache_of, outcome, rows_behind
+from sedac_hf.generation.exact_call import outcome, rows_behind
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settle_loop import SettleLoop
 
@@ -45,7 +46,7 @@ def decode_settled(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits: Tensor = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
     del outputs
-    cache = cache_of(model_kwargs)
+    cache = cache_in(model_kwargs)
     parts = model.assembly.parts
     run, length = choice.begin(parts, cache)
     state = rows_behind(model_kwargs, length)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import transformers
 from transformers import PreTrainedModel
 
-from sedac_hf.core import choose_pass as module
+from sedac_hf.core import pass_checks as module
+from sedac_hf.core.chain_pass import ChainPass
 from sedac_hf.core.choose_pass import choose_pass
 from sedac_hf.core.module_pass import ModulePass
-from tests.tiny_models import build_tiny
+from sedac_hf.core.pass_checks import chain_reason, tree_reason
+from sedac_hf.core.row_cache import RowCache
+from tests.tiny_models import BY_SLOT, build_tiny
 from tests.wrapping import wrap
-
-_SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,30 +35,19 @@ def test_rounding_does_not_decide(dtype: torch.dtype) -> None:
     assert choose_pass(wrap(build_tiny("llama", dtype=dtype)).assembly.parts).name == "modules"
 
 
-def biased(name: str) -> PreTrainedModel:
-    """A model whose positions are a bias of its attention scores (ALiBi)."""
-    if name == "falcon":
-        return build_tiny("falcon", alibi=True)
-    if name == "mpt":
-        config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=4, vocab_size=96)
-        return transformers.MptForCausalLM(config).eval()
-    return transformers.BloomForCausalLM(transformers.BloomConfig(**_SIZES)).eval()
-
-
-@pytest.mark.parametrize("name", ["bloom", "falcon", "mpt"])
-def test_positions_by_slot_are_named_as_the_reason(name: str) -> None:
-    choice = choose_pass(wrap(biased(name)).assembly.parts)
-    assert (choice.name, choice.build) == ("none", None)
-    assert "ForCausalLM" in choice.reason
+@pytest.mark.parametrize("name", BY_SLOT)
+def test_attention_by_slots_is_served_chains(name: str) -> None:
+    parts = wrap(build_tiny(name)).assembly.parts
+    choice = choose_pass(parts)
+    assert choice.name == "modules"
+    assert choice.build is not None
+    assert isinstance(choice.build(parts), ChainPass)
+    assert "ForCausalLM" in choice.reason, "why there are no trees"
+    assert chain_reason(parts) is None
 
 
 def test_attention_by_slots_is_named_as_the_reason() -> None:
-    config = transformers.GPTNeoConfig(
-        **{"vocab_size": 96, "hidden_size": 32, "num_layers": 4, "num_heads": 4},
-        attention_types=[[["global", "local"], 2]],
-        intermediate_size=48,
-    )
-    choice = choose_pass(wrap(transformers.GPTNeoForCausalLM(config).eval()).assembly.parts)
+    choice = choose_pass(wrap(build_tiny("gpt-neo")).assembly.parts)
     assert "limits attention by slots" in choice.reason
 
 
@@ -80,5 +62,18 @@ def test_nodes_that_come_out_wrong_are_noticed(
 ) -> None:
     siblings_seen = ((1, 0, 0, 0), (1, 1, 0, 0), (1, 1, 1, 0), (1, 1, 0, 1))
     monkeypatch.setattr(module, "_PARENTS_SEEN", siblings_seen)
-    choice = choose_pass(wrap(llama).assembly.parts)
-    assert "come out otherwise than their paths alone" in choice.reason
+    reason = tree_reason(wrap(llama).assembly.parts)
+    assert reason is not None
+    assert "nodes of a tree come out otherwise than their paths alone" in reason
+
+
+def test_a_base_that_can_hold_nothing_runs_without_drafts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        RowCache, "shift", lambda *args: None
+    )  # rows that parted stay where they are
+    choice = choose_pass(wrap(build_tiny("bloom")).assembly.parts)
+    assert (choice.name, choice.build) == ("none", None)
+    assert "nodes of a chain come out otherwise" in choice.reason
+    assert choice.reason.endswith("It runs without drafts.")

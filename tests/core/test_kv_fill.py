@@ -30,7 +30,7 @@ def filled(
     cache = kind(config=base.config, **size)
     base(prompt(rows, 4), past_key_values=cache, use_cache=True)
     ids = prompt(rows, seq, seed=1)
-    _, calls = shell.prologue(input_ids=ids, past_key_values=cache, use_cache=True)
+    _, calls = shell.prologue(input_ids=ids, **shell.cached(cache))
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn((rows, seq, WIDTH), generator=generator).to(base.dtype)
     fill(shell, hidden, calls)
@@ -230,7 +230,7 @@ def test_exits_use_new_weights_after_training(llama: PreTrainedModel) -> None:
 def test_the_proxy_stops_a_layer_and_passes_questions_on(llama: PreTrainedModel) -> None:
     shell = BaseShell(llama)
     cache = DynamicCache(config=llama.config)
-    hidden, calls = shell.prologue(input_ids=prompt(1, 3), past_key_values=cache, use_cache=True)
+    hidden, calls = shell.prologue(input_ids=prompt(1, 3), **shell.cached(cache))
     proxy = KVOnlyCache(cache)
     assert proxy.get_seq_length() == 0
     touched = []

@@ -4,6 +4,9 @@
 //! runs over lines of columns into the lanes of one vector, in the same order in every tile, so
 //! that a token's result does not depend on how many tokens there are.
 
+// Loops run by index: what iterators call need not be compiled for the caller's instructions.
+#![allow(clippy::needless_range_loop)]
+
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};

@@ -1,5 +1,8 @@
 //! A few f32 side by side, as a processor's vectors hold them, or as an array for any target.
 
+// Loops run by index: what iterators call need not be compiled for the caller's instructions.
+#![allow(clippy::needless_range_loop)]
+
 use half::f16;
 
 use super::float::STEP;

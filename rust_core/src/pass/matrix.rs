@@ -32,7 +32,7 @@ impl Matrix {
         columns: usize,
         float: Float,
     ) -> Result<Self> {
-        if address == 0 || address % float.size() != 0 {
+        if address == 0 || !address.is_multiple_of(float.size()) {
             return Err(CoreError::value("address", "aligned and not null", address as f64));
         }
         if rows == 0 || columns == 0 {

@@ -3,6 +3,9 @@
 //! `sums[query, 0..16] += sum over steps of factors[query, step] * panel[step, 0..16]`, the steps
 //! one after the other, so that a query's sums do not depend on which queries share the call.
 
+// Loops run by index: what iterators call need not be compiled for the caller's instructions.
+#![allow(clippy::needless_range_loop)]
+
 use super::float::{Element, STEP};
 use super::instructions::{Instructions, Work};
 use super::kernel::Kernel;

@@ -132,7 +132,7 @@ impl RowCache {
             return Err(CoreError::value("layer", "a layer of the cache", layer as f64));
         }
         let size = self.float().size();
-        if outside.keys % size != 0 || outside.values % size != 0 {
+        if !outside.keys.is_multiple_of(size) || !outside.values.is_multiple_of(size) {
             return Err(CoreError::value("address", "aligned", outside.keys as f64));
         }
         Ok(())

@@ -57,10 +57,10 @@ fn pool() -> &'static Pool {
     loop {
         let found = POOL.load(Ordering::Acquire);
         // SAFETY: pools are never freed.
-        if let Some(pool) = unsafe { found.as_ref() } {
-            if pool.process == process {
-                return pool;
-            }
+        if let Some(pool) = unsafe { found.as_ref() }
+            && pool.process == process
+        {
+            return pool;
         }
         let fresh = Box::into_raw(Box::new(Pool {
             process,

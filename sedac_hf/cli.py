@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sedac_hf import __version__
+from sedac_hf.cli_metrics import metrics
 from sedac_hf.cli_options import (
     Base,
     Data,
@@ -343,6 +344,11 @@ def info(model: Model = None, quiet: Quiet = False, as_json: Json = False) -> No
         write_json(values)
     else:
         screen.out.print(info_table(values))
+
+
+app.command(epilog="Example: sedac metrics my-sedac --prompts prompts.txt --port 9109")(
+    reported(metrics)
+)
 
 
 def main() -> None:

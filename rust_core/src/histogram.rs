@@ -32,7 +32,9 @@ impl Histogram {
             self.not_finite += 1;
             return;
         }
-        let at = self.bounds.partition_point(|bound| *bound < value);
+        // As f32, in which risks and confidences come: one on a bound lies on it.
+        let near = value as f32;
+        let at = self.bounds.partition_point(|bound| (*bound as f32) < near);
         self.counts[at] += 1;
         self.sum += value;
         self.squares += value * value;
@@ -68,6 +70,14 @@ mod tests {
         assert_eq!(histogram.counts, [2, 2, 1]);
         assert_eq!((histogram.sum, histogram.not_finite), (3.75, 2));
         assert_eq!(histogram.squares, 0.25 + 0.5625 + 1.0 + 2.25);
+    }
+
+    #[test]
+    fn a_bound_that_f32_rounds_is_still_a_bound() {
+        let mut histogram = Histogram::new(bounds(&[0.3, 0.7], "b").unwrap());
+        histogram.add(f64::from(0.3_f32));
+        histogram.add(f64::from(0.7_f32));
+        assert_eq!(histogram.counts, [1, 1, 0]);
     }
 
     #[test]

@@ -62,7 +62,7 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
         real, records = None, session.records
     _count(records, real, stats)
     if meter is not None and not meter.live:
-        meter.afterwards(records, np.asarray(new.cpu(), np.int64), real)
+        meter.afterwards(records, new.numpy(force=True).astype(np.int64), real)
     if is_output:
         layers = _layers_of_rows(session.records, new.shape, beams, stats.depth)
         result["exit_layers"] = torch.from_numpy(layers)
@@ -96,7 +96,7 @@ def finish_off(
     sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
     new = sequences[:, start:]
     real = _before_end(new, None if ends is None else torch.as_tensor(ends).flatten())
-    meter.all_at_once(np.asarray(new.cpu(), np.int64), real)
+    meter.all_at_once(new.numpy(force=True).astype(np.int64), real)
     meter.end()
 
 

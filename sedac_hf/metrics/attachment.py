@@ -8,11 +8,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from sedac_hf.errors import ConfigError
+from sedac_hf.metrics.collector import SEDACMetricsCollector
 
 if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CascadeConfig
     from sedac_hf.metrics.call_meter import CallMeter
-    from sedac_hf.metrics.collector import SEDACMetricsCollector
 
 __all__ = ["Attachment", "Measured"]
 
@@ -24,6 +24,7 @@ class Measured:
         metrics: The collector, or None.
     """
 
+    # Transformers evaluates this annotation, so its name is imported for real.
     metrics: SEDACMetricsCollector | None = None
 
     def attach_metrics(self, collector: SEDACMetricsCollector) -> Attachment:

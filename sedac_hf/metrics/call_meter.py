@@ -94,11 +94,11 @@ class CallMeter:
         if self._held is None:
             return
         (record, seconds), self._held = self._held, None
-        chosen = np.array(tokens.cpu(), np.int64)
+        chosen = tokens.numpy(force=True).astype(np.int64)
         ended = np.zeros(len(chosen), np.bool_) if self._ended is None else self._ended
         self._send(record, chosen, ~ended, seconds)
         if ends is not None:
-            self._ended = ended | np.isin(chosen, np.asarray(ends.cpu()))
+            self._ended = ended | np.isin(chosen, ends.numpy(force=True))
 
     def alone(self, record: StepRecord) -> None:
         """Report a decode step outside of `generate`; who made it knows the tokens.

@@ -79,6 +79,7 @@ def test_a_tensor_without_elements_is_one() -> None:
         (np.zeros((3, 4), np.float32).T, "gaps"),
         (np.zeros(3, np.int32), "int32"),
         (np.zeros(3, np.complex64), "complex64"),
+        (np.zeros(3, ">f4"), ">f4"),
         (torch.zeros(3, requires_grad=True), "detach"),
     ],
 )

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use numpy::{PyUntypedArray, PyUntypedArrayMethods};
+use numpy::npyffi::NPY_ARRAY_WRITEABLE;
+use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
@@ -22,8 +23,7 @@ impl TensorBuffer {
     fn new(source: &Bound<'_, PyAny>) -> PyResult<Self> {
         let array = match source.cast::<PyUntypedArray>() {
             Ok(array) => {
-                // What was handed over is read by another thread from now on.
-                array.call_method1("setflags", (false,))?;
+                make_read_only(array);
                 array.clone()
             }
             Err(_) => from_dlpack(source)?,
@@ -32,7 +32,8 @@ impl TensorBuffer {
         if !array.is_c_contiguous() {
             return Err(refused("a C-contiguous tensor", "one with gaps".to_owned()).into());
         }
-        let address: usize = array.getattr("ctypes")?.getattr("data")?.extract()?;
+        // SAFETY: it is an array, and its struct lives as long as it.
+        let address = unsafe { (*array.as_array_ptr()).fields.data } as usize;
         let owner: Py<PyAny> = array.into_any().unbind();
         // SAFETY: NumPy says so, and `owner` keeps the array; it was made read-only above, or lent
         // by DLPack, whose contract is the same.
@@ -91,20 +92,29 @@ fn from_dlpack<'py>(source: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntyped
     Ok(lent.cast_into::<PyUntypedArray>()?)
 }
 
+/// What was handed over is read by another thread from now on.
+fn make_read_only(array: &Bound<'_, PyUntypedArray>) {
+    // SAFETY: it is an array, and flags may be changed while the interpreter is held; to take this
+    // one away is always allowed.
+    unsafe { (*array.as_array_ptr()).fields.flags &= !NPY_ARRAY_WRITEABLE };
+}
+
 fn element_of(array: &Bound<'_, PyUntypedArray>) -> Result<Element> {
-    let name = array.dtype().to_string();
-    let known = [
-        Element::F32,
-        Element::F64,
-        Element::I64,
-        Element::I16,
-        Element::U16,
-        Element::U8,
-        Element::Bool,
-    ];
-    known.into_iter().find(|element| element.name() == name).ok_or_else(|| {
-        refused("elements of float32, float64, int64, int16, uint16, uint8 or bool", name)
-    })
+    let dtype = array.dtype();
+    let native = dtype.is_native_byteorder().unwrap_or(true);
+    match (dtype.kind(), dtype.itemsize()) {
+        (b'f', 4) if native => Ok(Element::F32),
+        (b'f', 8) if native => Ok(Element::F64),
+        (b'i', 8) if native => Ok(Element::I64),
+        (b'i', 2) if native => Ok(Element::I16),
+        (b'u', 2) if native => Ok(Element::U16),
+        (b'u', 1) => Ok(Element::U8),
+        (b'b', 1) => Ok(Element::Bool),
+        _ => Err(refused(
+            "elements of float32, float64, int64, int16, uint16, uint8 or bool",
+            dtype.to_string(),
+        )),
+    }
 }
 
 /// How NumPy writes a type and this machine's order of bytes.

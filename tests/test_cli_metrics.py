@@ -43,7 +43,11 @@ def started(artefact: Path, *more: object) -> Iterator[tuple[subprocess.Popen[st
     """The command in a process of its own, and the address that it names."""
     command = [sys.executable, "-m", "sedac_hf", *arguments(artefact, *more)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    # What a shell runs in the background ignores SIGINT, and so would its children.
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=pipe, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
         try:
             assert process.stderr is not None
             for line in process.stderr:

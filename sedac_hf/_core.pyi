@@ -432,3 +432,201 @@ def fixed_sequence(p_values: npt.NDArray[np.float64], delta: float) -> int:
     Raises:
         ValueError: If `delta` is out of range.
     """
+
+class TensorBuffer:
+    """A tensor that stays where it is: its address, its shape, and a hold on what owns it.
+
+    `numpy.asarray` of it is an array over the same memory, read-only.
+    """
+
+    def __new__(cls, source: Any) -> TensorBuffer:
+        """Hand a tensor over without a copy. Who owns the memory must not write to it any more.
+
+        Args:
+            source: A C-contiguous NumPy array, which is made read-only, or a tensor on the CPU that
+                `numpy.from_dlpack` takes; bfloat16 travels as int16 (``tensor.view(torch.int16)``).
+
+        Raises:
+            TypeError: If it is something else, has gaps, or elements of another type than float32,
+                float64, int64, int16, uint16, uint8 and bool.
+        """
+    @property
+    def address(self) -> int:
+        """Address of the first element."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of what its elements are."""
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        """What `numpy.asarray` reads."""
+
+class HistogramCounts(TypedDict):
+    """Values between bounds."""
+
+    counts: list[int]
+    """Values up to each bound and above the one before; those above the last come last."""
+    sum: float
+    """Sum of the values."""
+    squares: float
+    """Sum of their squares."""
+    not_finite: int
+    """Values that were NaN or infinite and are not among the rest."""
+
+class LayerCounts(TypedDict):
+    """What is known of a checkpoint."""
+
+    layer: int
+    decisions: int
+    tries: int
+    exits: int
+    threshold: float
+    """Of the last decision; NaN before."""
+    skipped: float
+    """Sum over the exits of the share that was skipped."""
+    risk: HistogramCounts
+    confidence: HistogramCounts
+    seconds: HistogramCounts
+    """Of the tokens that left there."""
+
+class MetricsCounts(TypedDict):
+    """Everything that an `AsyncBatchProcessor` has counted."""
+
+    sent: int
+    """Tokens, decisions, calls and occurrences handed over; those below add up to it."""
+    taken: int
+    dropped: int
+    waiting: int
+    capacity: int
+    """Steps that may wait."""
+    tokens: list[int]
+    """By mode."""
+    calls: list[HistogramCounts]
+    """Their seconds, by mode."""
+    full: int
+    """Tokens that left nowhere."""
+    full_seconds: HistogramCounts
+    first_seconds: HistogramCounts
+    sources: list[int]
+    """Tokens by who had drafted them: the base, an exit head, the text."""
+    passes: int
+    drafts: int
+    occurrences: dict[str, int]
+    layers: list[LayerCounts]
+
+class AsyncBatchProcessor:
+    """A worker thread that adds up what models report, behind a bounded queue.
+
+    Handing over never waits for the worker: what a full queue refuses is counted. The worker needs
+    no interpreter. A forked child gets a queue, a worker and counts of its own.
+    """
+
+    def __new__(
+        cls,
+        layers: list[int],
+        modes: int,
+        bounds: tuple[list[float], list[float], list[float], list[float]],
+        capacity: int = 4096,
+        log_size: int = 10_000,
+        linger: float = 0.05,
+    ) -> AsyncBatchProcessor:
+        """Start the worker.
+
+        Args:
+            layers: Layers to watch.
+            modes: How many modes there are.
+            bounds: Bounds of risks, of confidences, of seconds per token and per call, ascending.
+            capacity: Steps that may wait.
+            log_size: Decisions that are remembered.
+            linger: Seconds that the worker waits for more once something has come.
+
+        Raises:
+            ValueError: If a layer comes twice, bounds do not ascend, or nothing may wait.
+            RuntimeError: If no thread can be had.
+        """
+    def submit(
+        self,
+        mode: int,
+        depth: int,
+        first: bool,
+        tokens: TensorBuffer,
+        seconds: TensorBuffer,
+        *,
+        counts: TensorBuffer | None = None,
+        sources: TensorBuffer | None = None,
+        checkpoints: list[TensorBuffer | None] | None = None,
+        passes: int = 0,
+        drafts: int = 0,
+    ) -> bool:
+        """Hand over the tokens of a step.
+
+        Args:
+            mode: Index of the mode.
+            depth: Layers of the base.
+            first: Whether these are their rows' first tokens, whose time is mostly the prompt's.
+            tokens: int64 ``[tokens]``; -1 where not known.
+            seconds: What each took, float32 ``[tokens]``.
+            counts: Which of them count, bool ``[tokens]``; all by default.
+            sources: Who had drafted each, uint8 ``[tokens]``; the base by default.
+            checkpoints: Layers (int64) and thresholds (float32) ``[checkpoints]``; checkpoint that
+                each token left at, or -1 (int64), ``[tokens]``; risks, confidences (float32) and
+                tries (bool) ``[tokens, checkpoints]``, NaN where a token did not come; and the
+                share that each skipped (float32 ``[tokens]``), or None for all of it.
+            passes: Verifications of drafts in this step.
+            drafts: Drafts that they verified.
+
+        Returns:
+            Whether there was room.
+
+        Raises:
+            ValueError: If lengths do not fit or there is no such mode.
+            TypeError: If a tensor holds elements of another type.
+        """
+    def submit_decision(
+        self,
+        token: int,
+        layer: int,
+        risk: float,
+        threshold: float,
+        confidence: float,
+        exits: bool,
+        skipped: float,
+        seconds: float,
+    ) -> bool:
+        """Hand over a single decision; NaN seconds are not counted.
+
+        Raises:
+            ValueError: If the layer is not watched.
+        """
+    def submit_call(self, mode: int, seconds: float) -> bool:
+        """Count a call that has ended."""
+    def submit_occurrence(self, name: str) -> bool:
+        """Count something else, by name."""
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until what was handed over before is counted; False if it took longer."""
+    def close(self) -> None:
+        """Count what waits and end the worker; from then on everything is dropped and counted."""
+    def snapshot(self) -> MetricsCounts:
+        """Everything that was counted."""
+    def log(
+        self,
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        FloatArray,
+        FloatArray,
+        FloatArray,
+        npt.NDArray[np.bool_],
+        FloatArray,
+        npt.NDArray[np.float64],
+    ]:
+        """The last decisions, oldest first.
+
+        Returns:
+            Tokens, layers, risks, thresholds, confidences, exits, shares skipped, seconds.
+        """

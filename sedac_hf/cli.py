@@ -13,6 +13,7 @@ from sedac_hf.commands.evaluate import evaluate
 from sedac_hf.commands.fit import fit
 from sedac_hf.commands.generate import generate
 from sedac_hf.commands.info import info
+from sedac_hf.commands.metrics import metrics
 from sedac_hf.commands.suite import suite
 
 __all__ = ["app", "main"]
@@ -30,6 +31,7 @@ COMMANDS = (
     ("bench", bench, "sedac bench my-sedac --modes exact,plain --batches 1"),
     ("test", suite, "sedac test my-sedac --data mails.jsonl --data code.jsonl --slo-ms 50"),
     ("generate", generate, 'sedac generate my-sedac "Why is the sky blue?" --trace'),
+    ("metrics", metrics, "sedac metrics my-sedac --prompts prompts.txt --port 9109"),
     ("info", info, "sedac info my-sedac"),
 )
 

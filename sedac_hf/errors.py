@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "FingerprintError",
     "FormatVersionError",
+    "MissingExtraError",
     "ModeError",
     "NotNativeError",
     "SedacError",
@@ -24,6 +25,10 @@ class SedacError(Exception):
 
 class ConfigError(SedacError, ValueError):
     """A configuration value is outside what it may be."""
+
+
+class MissingExtraError(SedacError, ImportError):
+    """A package is missing that only one part of this one needs."""
 
 
 class UnsupportedModelError(SedacError):

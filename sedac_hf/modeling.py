@@ -31,7 +31,7 @@ from sedac_hf.delegation import (
 )
 from sedac_hf.errors import ModeError
 from sedac_hf.generation.exact import ExactDecoding
-from sedac_hf.generation.finish import finish_generation
+from sedac_hf.generation.finish import finish_generation, finish_off
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         exits_off_reason: Why exits stay off in certified mode although there are rules, or None.
         origin: The artefact that the model was loaded from, or None.
         exit_stats: Totals over all calls.
+        metrics: The collector that is attached, or None.
     """
 
     config: SedacConfig
@@ -245,6 +246,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         output = self._run(session, arguments)
         if session.pending is not None:
             self.exit_stats.add(session.pending.layers, session.pending.tries)
+            if session.meter is not None:
+                session.meter.alone(session.pending)
         return output
 
     def _run(self, session: ExitSession, arguments: dict[str, Any]) -> Any:
@@ -302,7 +305,13 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         kwargs = with_cache_as(cache_name(GenerationMixin.prepare_inputs_for_generation), kwargs)
         mode = self._mode(sedac_mode)
         if mode == "off":
-            return self.base_lm.generate(*args, **kwargs)
+            meter = self._meter("off", None)
+            result = self.base_lm.generate(*args, **kwargs)
+            if meter is not None:
+                if (sedac_mode or self.config.mode) != "off":
+                    meter.event("ran_as_base")
+                finish_off(result, meter, args, kwargs, self.generation_config)
+            return result
         session = self._session(mode)
         with session_scope(session):
             own: Any = super()
@@ -337,4 +346,4 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived from the rest and cannot be copied."""
-        return {**self.__dict__, "_assembly": None}
+        return {**self.__dict__, "_assembly": None, "metrics": None}

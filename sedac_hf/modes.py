@@ -18,6 +18,7 @@ from sedac_hf.core.exit_parts import Assembly, check_cascade
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.session import ExitSession, ExitStats
 from sedac_hf.errors import ModeError
+from sedac_hf.metrics.attachment import Measured
 
 __all__ = ["ModeControl"]
 
@@ -30,7 +31,7 @@ _REPLACED: ContextVar[Mapping[int, CascadeConfig] | None] = ContextVar(
 )
 
 
-class ModeControl:
+class ModeControl(Measured):
     """Modes, cascades and the sessions that follow from them."""
 
     # Transformers evaluates these annotations, so their names are imported for real.
@@ -125,4 +126,8 @@ class ModeControl:
         if mode == "certified" and cascade is not None:
             controller = self.assembly.controller(cascade)
         settles = self.config.kv_mode == "settle"
-        return ExitSession(owner=self, mode=mode, cascade=controller, settles=settles)
+        acting = None if controller is None else cascade
+        return ExitSession(
+            owner=self, mode=mode, cascade=controller, settles=settles,
+            meter=self._meter(mode, acting),
+        )  # fmt: skip

@@ -22,7 +22,7 @@ from sedac_hf.evaluation.report import load_report
 from sedac_hf.modeling import SedacForCausalLM
 from tests.artefacts import issue, load_base, make_tokenizer, save_base, wrap_base
 
-COMMANDS = ("demo", "fit", "eval", "bench", "test", "generate", "info")
+COMMANDS = ("demo", "fit", "eval", "bench", "test", "generate", "metrics", "info")
 # What the runner returns is typed by whichever click typer brings along.
 Result = Any
 Runner = Callable[..., Result]

@@ -1,5 +1,5 @@
-//! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies, certification
-//! and the decode pass.
+//! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies, certification,
+//! the decode pass and the statistics of running models.
 //!
 //! Plain Rust on slices; the bindings for Python live behind the feature `python`.
 //!
@@ -21,14 +21,18 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::float_cmp))]
 
 pub mod accumulate;
+pub mod async_processor;
+pub mod buffer;
 pub mod cascade;
 pub mod certify;
 pub mod error;
 pub mod hidden;
+pub mod histogram;
 pub mod pass;
 pub mod probe;
 pub mod project;
 pub mod replay;
+pub mod telemetry;
 
 #[cfg(feature = "python")]
 mod python;

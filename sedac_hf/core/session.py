@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sedac_hf.core.cascade_controller import CascadeController
+    from sedac_hf.metrics.call_meter import CallMeter
 
 __all__ = ["ExitSession", "ExitStats", "StepRecord", "active_session", "session_scope"]
 
@@ -228,6 +229,7 @@ class ExitSession:
         drafted: Figures of a call in exact mode, None in other modes.
         origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
             draft, else `"base"`. Exact mode only.
+        meter: Reports the call to a collector, None without one.
     """
 
     owner: object
@@ -244,6 +246,7 @@ class ExitSession:
     tails: int = 0
     drafted: DraftStats | None = None
     origins: list[str] = field(default_factory=list)
+    meter: CallMeter | None = None
 
     @property
     def on_pass(self) -> bool:

@@ -43,6 +43,9 @@ class ExactDecoding(ModeControl):
         """Greedy search and sampling; as transformers does it where exact mode cannot serve."""
         own: Any = super()
         session = active_session(self)
+        if session is not None and session.meter is not None:
+            # One token per row and step, or whole paths: both can be told as they come.
+            session.meter.live = True
         if session is not None and session.on_pass:
             call = ExactCall(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
@@ -116,7 +119,10 @@ class ExactDecoding(ModeControl):
         governor = governors.find(run, depth, state, head)
         returned = bool(call.config.return_dict_in_generate)
         stores = returned or bool(getattr(cache, "_is_user_defined", False))
-        loop = ExactLoop(run, depth, state, texts, chooser, head, governor, keeps_states=stores)
+        loop = ExactLoop(
+            run, depth, state, texts, chooser, head, governor,
+            keeps_states=stores, meter=session.meter,
+        )  # fmt: skip
         loop.begin(logits)
         loop.decode()
         texts.end()

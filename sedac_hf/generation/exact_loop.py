@@ -13,7 +13,7 @@ from torch import Tensor
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.row_pass import BASE
 from sedac_hf.generation.acceptance import walk
-from sedac_hf.generation.draft_tree import BLANK, NAMES, DraftTree, stack_trees
+from sedac_hf.generation.draft_tree import BLANK, NAMES, ROOT, DraftTree, stack_trees
 from sedac_hf.generation.prompt_lookup import find_continuation
 from sedac_hf.generation.row_state import chain_mask, gather_nodes
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts
+    from sedac_hf.metrics.call_meter import CallMeter
 
 __all__ = ["ExactLoop"]
 
@@ -52,6 +53,7 @@ class ExactLoop:
         *,
         keeps_states: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        meter: CallMeter | None = None,
     ) -> None:
         """Prepare to decode.
 
@@ -65,6 +67,7 @@ class ExactLoop:
             governor: Says how much to draft.
             keeps_states: Whether `catch_up` will be asked for.
             clock: Seconds.
+            meter: Reports the tokens to a collector.
         """
         self.stats = DraftStats()
         self._run = run
@@ -75,6 +78,7 @@ class ExactLoop:
         self._head = head
         self._governor = governor
         self._clock = clock
+        self._meter = meter
         self._roots = np.zeros(state.rows, np.int64)
         self._loaded = state.length.copy()
         self._finals: list[tuple[Tensor, IntArray]] | None = [] if keeps_states else None
@@ -87,6 +91,9 @@ class ExactLoop:
         """
         rows = list(range(self._state.rows))
         self._roots = np.array(self._chooser.choose(self._texts, rows, logits), np.int64)
+        if self._meter is not None:
+            first = [[token] for token in self._roots.tolist()]
+            self._meter.gained(first, [[ROOT]] * len(first))
 
     def decode(self) -> None:
         """Run cycles until every row has stopped."""
@@ -134,10 +141,17 @@ class ExactLoop:
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
         self._governor.end(cycle, [trees[row] for row in rows], paths)
         self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
+        drafts, tokens, sources = 0, [], []
         for row, path in zip(rows, paths, strict=True):
             tree = trees[row]
             real = [d for d, o in zip(tree.depths, tree.origins, strict=True) if o != BLANK]
-            self.stats.add_tree(max(real), [NAMES[tree.origins[node]] for node in path[1:]])
+            origins = [tree.origins[node] for node in path[1:]]
+            self.stats.add_tree(max(real), [NAMES[origin] for origin in origins])
+            drafts += len(real) - 1
+            tokens.append([*(tree.tokens[node] for node in path[1:]), int(found.roots[row])])
+            sources.append([*origins, ROOT])
+        if self._meter is not None:
+            self._meter.gained(tokens, sources, drafts)
 
     def _draft(
         self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], cycle: Cycle

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,12 @@ from torch import Tensor
 
 from sedac_hf.core.session import ExitSession, ExitStats, StepRecord
 
-__all__ = ["finish_generation"]
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from sedac_hf.metrics.call_meter import CallMeter
+
+__all__ = ["finish_generation", "finish_off"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -26,6 +31,11 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
         session: The call.
         stats: Totals of the model.
     """
+    meter = session.meter
+    if meter is not None:
+        meter.end()
+        if session.drafted is not None and session.drafted.reason:
+            meter.event("without_drafts")
     if session.drafted is not None:
         stats.drafts.merge(session.drafted)
         if not isinstance(result, Tensor):
@@ -41,16 +51,53 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
     is_output = not isinstance(result, Tensor)
     sequences: Tensor = result.sequences if is_output else result
     new = sequences[:, session.prompt_length :]
+    if meter is not None and meter.live and new.shape[1]:
+        meter.release(new[:, -1], session.eos_tokens)
     beams: Tensor | None = getattr(result, "beam_indices", None)
     # Rows of the records are those of the batch, or its beams; the output may hold fewer.
     if session.records[0].layers.shape[0] == new.shape[0]:
-        real = _before_end(new, session.eos_tokens)
-        _count(session.records[: new.shape[1]], real, stats)
+        real: npt.NDArray[np.bool_] | None = _before_end(new, session.eos_tokens)
+        records = session.records[: new.shape[1]]
     else:
-        _count(session.records, None, stats)
+        real, records = None, session.records
+    _count(records, real, stats)
+    if meter is not None and not meter.live:
+        meter.afterwards(records, new.numpy(force=True).astype(np.int64), real)
     if is_output:
         layers = _layers_of_rows(session.records, new.shape, beams, stats.depth)
         result["exit_layers"] = torch.from_numpy(layers)
+
+
+def finish_off(
+    result: Any,
+    meter: CallMeter,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    default: GenerationConfig | None,
+) -> None:
+    """Report the tokens of a call that the base answered alone.
+
+    Args:
+        result: What `generate` of the base returned.
+        meter: Reports the call.
+        args: The call's positional arguments.
+        kwargs: Its keyword arguments.
+        default: The base's own settings.
+    """
+    prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    # Without a prompt the base begins with a token of its own, unless it was given embeddings.
+    alone = 0 if kwargs.get("inputs_embeds") is not None else 1
+    start = alone if prompt is None else prompt.shape[1]
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    ends = kwargs.get("eos_token_id")
+    if "eos_token_id" not in kwargs:
+        found = (getattr(config, "eos_token_id", None) for config in (given, default))
+        ends = next((end for end in found if end is not None), None)
+    sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
+    new = sequences[:, start:]
+    real = _before_end(new, None if ends is None else torch.as_tensor(ends).flatten())
+    meter.all_at_once(new.numpy(force=True).astype(np.int64), real)
+    meter.end()
 
 
 def _finish_exact(result: Any, session: ExitSession, stats: ExitStats) -> None:

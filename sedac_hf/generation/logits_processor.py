@@ -53,7 +53,12 @@ class SedacLogitsProcessor(LogitsProcessor):
         session = self._session
         if session.prompt_length is None:
             session.prompt_length = input_ids.shape[1]
+        meter = session.meter
+        if meter is not None and meter.live:
+            meter.release(input_ids[:, -1:].flatten(), session.eos_tokens)
         record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints)
+        if meter is not None and meter.live:
+            meter.hold(record)
         scaled = scale_exits(scores, record.checkpoints, self._temperatures)
         return cast(FloatTensor, scaled)
 

@@ -147,4 +147,7 @@ class SettleLoop:
         going: npt.NDArray[np.intp] = np.flatnonzero(~texts.done)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
         rows = going.tolist()
+        given = ~texts.done
         self._tokens[going] = self._chooser.choose(texts, rows, scores[rows])
+        if session.meter is not None:
+            session.meter.step(record, self._tokens.copy(), given)

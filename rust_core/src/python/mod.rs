@@ -2,6 +2,8 @@
 
 mod accumulate;
 mod arrays;
+mod async_processor;
+mod buffer;
 mod cascade;
 mod certify;
 mod pass;
@@ -44,6 +46,10 @@ mod _core {
 
     #[pymodule_export]
     use super::accumulate::batch_confidence_accumulate;
+    #[pymodule_export]
+    use super::async_processor::AsyncBatchProcessor;
+    #[pymodule_export]
+    use super::buffer::TensorBuffer;
     #[pymodule_export]
     use super::cascade::Cascade;
     #[pymodule_export]

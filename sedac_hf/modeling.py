@@ -36,6 +36,8 @@ from sedac_hf.generation.logits_processor import SedacLogitsProcessor
 if TYPE_CHECKING:
     from sedac_hf.artefact_format import ArtefactOrigin
     from sedac_hf.calibration.certificate import Certificate
+    from sedac_hf.calibration.drift import RiskHistograms
+    from sedac_hf.calibration.online import OnlineCalibration
 
 __all__ = ["SedacForCausalLM"]
 
@@ -56,6 +58,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         exits_off_reason: Why exits stay off in certified mode although there are rules, or None.
         origin: The artefact that the model was loaded from, or None.
         exit_stats: Totals over all calls.
+        risk_histograms: Risks of calibration, by which online calibration sees drift, or None.
+        calibration: Online calibration, see `attach_calibration`; None without it.
     """
 
     config: SedacConfig
@@ -107,6 +111,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.probes = probes
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         self.cascade: CascadeConfig | None = None
+        self.calibration: OnlineCalibration | None = None
+        self.risk_histograms: RiskHistograms | None = None
         self.certificate: Certificate | None = None
         self.refused_modes: dict[str, str] = {}
         self.exits_off_reason: str | None = None
@@ -239,6 +245,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         output = self._run(session, arguments)
         if session.pending is not None:
             self.exit_stats.add(session.pending.layers, session.pending.tries)
+            session.tell(session.pending)
+        session.end()
         return output
 
     def _run(self, session: ExitSession, arguments: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@
 pub mod accumulate;
 pub mod cascade;
 pub mod certify;
+pub mod drift;
 pub mod error;
 pub mod hidden;
 pub mod pass;

@@ -53,7 +53,12 @@ class SedacLogitsProcessor(LogitsProcessor):
         session = self._session
         if session.prompt_length is None:
             session.prompt_length = input_ids.shape[1]
-        record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints)
+        live = None
+        if session.observers and session.eos_tokens is not None:
+            new = input_ids[:, session.prompt_length :]
+            ended = torch.isin(new, session.eos_tokens.to(new.device)).any(-1)
+            live = np.asarray(~ended.cpu(), np.bool_)
+        record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints, live)
         scaled = scale_exits(scores, record.checkpoints, self._temperatures)
         return cast(FloatTensor, scaled)
 

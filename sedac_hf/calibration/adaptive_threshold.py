@@ -162,7 +162,9 @@ class DualMetricCalibration:
             wanted = min(max(float(new_threshold), low), high)
             # The first threshold of a checkpoint has nothing to be smoothed with.
             share = self.smoothing if layer_idx in self._thresholds else 1.0
-            after = before + share * (wanted - before)
+            after = (1 - share) * before + share * wanted
+            # Rounding must not carry it past where it was to go.
+            after = min(max(after, min(before, wanted)), max(before, wanted))
             self._thresholds[layer_idx] = after
             reason = "accepted" if wanted == new_threshold else "bounded"
             detail = f"{before:.6g} -> {after:.6g}, {new_threshold:.6g} was asked for"

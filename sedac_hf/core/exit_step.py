@@ -84,13 +84,12 @@ class ExitStep:
 
     def tries(self, k: int, hidden: Tensor) -> bool:
         """Ask the cascade about checkpoint `k`; whether any row is to try its head."""
+        tries = self._asks and self._ask(k, hidden)
         if self._held_exits is not None or (self._follows and self._exits is not None):
-            found = risks_of(self._parts, self._cascade, k, hidden[:, 0])
-            held, left = self.held >= 0, self.record.checkpoints >= 0
-            self.record.risks[held, k] = found[held]
-            self._later[left, k] = found[left]
-        if not self._asks:
-            return False
+            self._follow(k, hidden)
+        return tries
+
+    def _ask(self, k: int, hidden: Tensor) -> bool:
         decision = checkpoint_decision(
             self._parts, self._cascade, k, hidden[:, 0], self._state, self._active
         )
@@ -99,6 +98,14 @@ class ExitStep:
         record.confidences[:, k] = decision.confidence
         record.tries[:, k] = self._try = decision.try_exit
         return decision.tries > 0
+
+    def _follow(self, k: int, hidden: Tensor) -> None:
+        """Note the risks at checkpoint `k` of rows that need not be asked any more."""
+        found = risks_of(self._parts, self._cascade, k, hidden[:, 0])
+        held = (self.held >= 0) & (self.held < k)
+        left = (self.record.checkpoints >= 0) & (self.record.checkpoints < k)
+        self.record.risks[held, k] = found[held]
+        self._later[left, k] = found[left]
 
     def leave(self, k: int, exit_states: Tensor) -> None:
         """Let the rows go that try at checkpoint `k` and whose exit is sure enough."""

@@ -75,7 +75,7 @@ class ExitAudit:
             self._waiting[node] = _Waiting(
                 torch.from_numpy(np.flatnonzero(rows)),
                 step.record.checkpoints[rows],
-                step.record.risks[rows],
+                step.known_risks(rows),
                 step.exit_states(rows),
             )
 

@@ -150,10 +150,11 @@ class SettleLoop:
         """The step, and whether its exits are only looked at."""
         rule = None if self._watch is None else self._watch.look()
         hold = None if rule is None or self._watch is None else hold_by(self._watch, None)
-        done = self._texts.done
-        return ExitStep(self._parts, self._session, hidden, None, done, rule=rule, hold=hold), (
-            rule is not None
-        )
+        step = ExitStep(
+            self._parts, self._session, hidden, None, self._texts.done,
+            rule=rule, hold=hold, follows=self._watch is not None,
+        )  # fmt: skip
+        return step, rule is not None
 
     def _finish(self) -> Tensor:
         hidden = self._open.advance(self._parts.shell.num_layers)

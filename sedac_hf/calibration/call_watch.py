@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sedac_hf.calibration.online import Observations
+from sedac_hf.calibration.online import Observations, exits_off
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.online import OnlineCalibration
@@ -24,6 +24,9 @@ FloatArray = npt.NDArray[np.float32]
 
 # Steps between reports: a report takes a lock and counts, a step only notes.
 _STEPS = 16
+# Kinds of steps: under the rules; at full depth, to see what the rules would have done, or only to
+# see how long that takes.
+_USUAL, _LOOKED, _TIMED = 0, 1, 2
 
 
 class CallWatch:
@@ -55,9 +58,12 @@ class CallWatch:
         self._full_share = settings.full_depth_share
         self._rng = np.random.default_rng((settings.seed, calibration.next_call()))
         self._seen = Observations()
-        self._records: list[tuple[StepRecord, Mask | None, bool]] = []
+        self._records: list[tuple[StepRecord, Mask | None, int]] = []
         self._tokens = 0
-        self._looks = False
+        self._kind = _USUAL
+        self._again = False  # whether the next step is to be timed too
+        # Only what loosens asks for the throughput.
+        self._times = follows and calibration.exit_rate is not None
         self._last: float | None = None  # when the last step was told
         self._quiet = False  # whether nothing had left in it
         self._take_rules()
@@ -69,8 +75,17 @@ class CallWatch:
 
     def look(self) -> CascadeController | None:
         """After a fallback some steps look at what the policy chosen would have done."""
-        self._looks = self._fallen and bool(self._rng.random() < self._full_share)
-        return self._controller_of(self._calibration.chosen) if self._looks else None
+        chosen = self._calibration.chosen
+        if self._fallen:
+            self._kind = _LOOKED if self._rng.random() < self._full_share else _USUAL
+            return self._controller_of(chosen) if self._kind == _LOOKED else None
+        if not self._times:
+            return None
+        # In pairs: the first step also runs what earlier exits have left behind.
+        begins = not self._again and bool(self._rng.random() < self._full_share / 2)
+        self._kind = _TIMED if begins or self._again else _USUAL
+        self._again = begins
+        return self._controller_of(exits_off(chosen)) if self._kind == _TIMED else None
 
     def share(self, *, runs_on: bool) -> float:
         """Chance with which `pick` chooses each."""
@@ -78,7 +93,7 @@ class CallWatch:
 
     def pick(self, leaving: Mask, *, runs_on: bool) -> Mask:
         """Choose among exits those to be held against full depth."""
-        if self._looks:
+        if self._kind == _LOOKED:
             return leaving
         if self._fallen:
             # What is judged is the policy that was chosen, not the one that stands in for it.
@@ -90,7 +105,7 @@ class CallWatch:
         """Take note of exits that were held against full depth."""
         seen = self._seen
         seen.judged.append(exits)
-        if self._looks or not self._follows:
+        if self._kind == _LOOKED or not self._follows:
             return
         # At later checkpoints only exits that were looked at are known: each stands for others.
         # Those that were run on are in the record of their step already.
@@ -116,16 +131,15 @@ class CallWatch:
         """Note a step; every few of them are reported."""
         now = self._clock()
         left = bool((record.checkpoints >= 0).any())
-        timed = self._follows and not self._looks and not self._fallen
-        if self._last is not None and timed:
-            seconds = now - self._last
-            seen = self._seen
-            seen.steps = (seen.steps[0] + seconds, seen.steps[1] + 1)
+        if self._last is not None and self._follows and not self._fallen:
+            seconds, seen = now - self._last, self._seen
+            if self._kind == _USUAL:
+                seen.steps = (seen.steps[0] + seconds, seen.steps[1] + 1)
             if self._quiet and not left:
                 seen.plain = (seen.plain[0] + seconds, seen.plain[1] + 1)
         self._last, self._quiet = now, not left
-        self._records.append((record, live, self._looks))
-        self._looks = False
+        self._records.append((record, live, self._kind))
+        self._kind = _USUAL
         if len(self._records) >= _STEPS:
             self._report()
 
@@ -134,17 +148,17 @@ class CallWatch:
         self._report()
 
     def _report(self) -> None:
-        for looked in (False, True):
-            chosen = [each for each in self._records if each[2] == looked]
+        for kind in (_USUAL, _LOOKED, _TIMED):
+            chosen = [each for each in self._records if each[2] == kind]
             if chosen:
-                self._count(chosen, looked)
+                self._count(chosen, kind)
         seen, self._seen = self._seen, Observations()
         self._records, self._tokens = [], 0
         if seen.tokens or seen.judged:
             self._calibration.take(seen)
             self._take_rules()
 
-    def _count(self, steps: list[tuple[StepRecord, Mask | None, bool]], looked: bool) -> None:
+    def _count(self, steps: list[tuple[StepRecord, Mask | None, int]], kind: int) -> None:
         """Turn steps of one kind into observations."""
         rows = [np.ones(len(r.layers), np.bool_) if live is None else live for r, live, _ in steps]
         live = np.concatenate(rows)
@@ -156,13 +170,13 @@ class CallWatch:
         tokens = asked.any(axis=1)
         seen, count = self._seen, int(tokens.sum())
         seen.tokens += count
-        if looked:
+        if kind == _LOOKED:
             seen.passed += count / self._full_share
-        elif not self._fallen:
+        elif kind == _USUAL and not self._fallen:
             seen.passed += count
         # Behind the first checkpoint that lets tokens leave, those that come are a choice; after a
         # fallback nobody stands for the others, so they are not counted.
-        last = self._first_open if self._fallen and not looked else risks.shape[1] - 1
+        last = self._first_open if self._fallen and kind == _USUAL else risks.shape[1] - 1
         for k in range(min(last, risks.shape[1] - 1) + 1):
             known = asked[:, k]
             seen.risks.append((k, risks[known, k], 1.0))

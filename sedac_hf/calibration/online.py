@@ -14,7 +14,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,6 +137,12 @@ class OnlineCalibration:
         return self._now[1]
 
     @property
+    def exit_rate(self) -> float | None:
+        """Share of tokens that thresholds aim at; None where they are left alone."""
+        rate = self.settings.target_exit_rate
+        return self.chosen.target_exit_rate if rate is None else rate
+
+    @property
     def in_force(self) -> tuple[CascadeConfig, str]:
         """The rules in force and their level, of one moment."""
         return self._now
@@ -247,7 +253,7 @@ class OnlineCalibration:
 
     def _aim(self, tokens: int) -> None:
         """Ask for thresholds at the quantile of recent risks that the exit rate says."""
-        rate = self.settings.target_exit_rate or self.chosen.target_exit_rate
+        rate = self.exit_rate
         self._until_aim -= tokens
         if rate is None or self._until_aim > 0 or len(self._recent) < self.settings.memory // 4:
             return
@@ -354,7 +360,10 @@ class OnlineCalibration:
 
     def _made_for(self) -> str:
         """Digest of what the state means anything for."""
-        digest = hashlib.sha256(json.dumps(asdict(self.chosen), sort_keys=True).encode())
+        digest = hashlib.sha256(repr(self._layers).encode())
+        # In the float32 that rules are stored and act in.
+        for name, value in sorted(self.chosen.to_tensors().items()):
+            digest.update(name.encode() + value.numpy().tobytes())
         if self._histograms is not None:
             for each in fields(self._histograms):
                 digest.update(getattr(self._histograms, each.name).tobytes())

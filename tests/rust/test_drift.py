@@ -93,5 +93,5 @@ def test_other_types_and_gaps_are_refused():
     ],
 )
 def test_counts_that_are_none_are_refused(live, calibration, prior):
-    with pytest.raises(ValueError, match="must be|elements"):
+    with pytest.raises(ValueError, match=r"must be|elements"):
         _core.kl_divergence(np.array(live, float), np.array(calibration, float), prior)

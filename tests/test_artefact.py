@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -24,6 +25,7 @@ from sedac_hf.artefact_format import (
     tensors_digest,
     write_artefact,
 )
+from sedac_hf.calibration import RiskHistograms
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.errors import (
     ArtefactError,
@@ -115,6 +117,30 @@ def test_loading_and_saving_again_changes_nothing(saved: Path, tmp_path: Path) -
     assert tensors_digest(after.tensors) == tensors_digest(before.tensors)
     assert after.certificate == before.certificate
     assert after.config == before.config
+
+
+def test_histograms_of_risks_come_back_and_leave_the_certificate_alone(
+    saved: Path, tmp_path: Path
+) -> None:
+    model = load(saved)
+    assert model.risk_histograms is None  # as in artefacts of earlier versions
+    rng = np.random.default_rng(0)
+    model.risk_histograms = RiskHistograms.from_risks(rng.random((500, 3)).astype(np.float32))
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.certificate == issue()
+    assert again.exits_off_reason is None
+    assert again.risk_histograms is not None
+    assert np.array_equal(again.risk_histograms.edges, model.risk_histograms.edges)
+    assert np.array_equal(again.risk_histograms.counts, model.risk_histograms.counts)
+
+
+def test_histograms_of_other_checkpoints_are_refused(copy: Path) -> None:
+    files = read_artefact(copy, "artefact")
+    other = RiskHistograms.from_risks(np.random.default_rng(0).random((50, 2)).astype(np.float32))
+    rewrite(copy, files.tensors | other.to_tensors())
+    with pytest.raises(ArtefactError, match="2 checkpoints, the model has 3"):
+        load(copy)
 
 
 def test_files_of_an_artefact(saved: Path) -> None:

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from sedac_hf.errors import CalibrationError, ConfigError
 
@@ -245,5 +245,5 @@ class DualMetricCalibration:
         self._lock = threading.Lock()
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

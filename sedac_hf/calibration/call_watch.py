@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from sedac_hf.calibration.online import Observations, exits_off
+from sedac_hf.calibration.observations import Observations
+from sedac_hf.calibration.safe_rules import exits_off
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.online import OnlineCalibration

@@ -14,9 +14,9 @@ import math
 import threading
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,48 +24,21 @@ import numpy.typing as npt
 from sedac_hf.calibration.adaptive_threshold import DualMetricCalibration
 from sedac_hf.calibration.drift import DriftMonitor, RiskHistograms
 from sedac_hf.calibration.live_quality import QualityMonitor
+from sedac_hf.calibration.observations import Observations
 from sedac_hf.calibration.online_settings import OnlineSettings
 from sedac_hf.calibration.protection import Protection, Signals
+from sedac_hf.calibration.safe_rules import exits_off, may_leave, with_thresholds
 from sedac_hf.calibration.throughput import ThroughputMonitor
 from sedac_hf.core.cascade_controller import CascadeConfig, aim_thresholds
 from sedac_hf.errors import CalibrationError, SedacError
 from sedac_hf.files import write_atomically
 
-if TYPE_CHECKING:
-    from sedac_hf.core.observers import JudgedExits
-
-__all__ = ["STATE_VERSION", "Observations", "OnlineCalibration", "exits_off"]
+__all__ = ["STATE_VERSION", "OnlineCalibration"]
 
 logger = logging.getLogger(__name__)
 
 FloatArray = npt.NDArray[np.float32]
 STATE_VERSION = 1
-
-
-@dataclass
-class Observations:
-    """What a call has seen since it last reported.
-
-    Attributes:
-        tokens: Tokens generated.
-        passed: Tokens whose exits, at any checkpoint, were or might have been looked at.
-        passed_at: The same for one checkpoint alone.
-        risks: Checkpoint, risks `[n]` there, and tokens that each stands for.
-        rows: Risks at all checkpoints of some tokens, `[n, checkpoints]`, as often as they stand
-            for others.
-        judged: Exits held against full depth.
-        plain: Seconds and number of steps without exits.
-        steps: Seconds and number of all steps under the rules.
-    """
-
-    tokens: int = 0
-    passed: float = 0.0
-    passed_at: dict[int, float] = field(default_factory=dict)
-    risks: list[tuple[int, FloatArray, float]] = field(default_factory=list)
-    rows: list[FloatArray] = field(default_factory=list)
-    judged: list[JudgedExits] = field(default_factory=list)
-    plain: tuple[float, int] = (0.0, 0)
-    steps: tuple[float, int] = (0.0, 0)
 
 
 class OnlineCalibration:
@@ -109,7 +82,7 @@ class OnlineCalibration:
         self._drift: DriftMonitor | None = None
         if histograms is not None:
             self._drift = DriftMonitor(histograms, memory=settings.memory)
-        self._open = [k for k, layer in enumerate(chosen.layers) if _may_leave(layer)]
+        self._open = [k for k, layer in enumerate(chosen.layers) if may_leave(layer)]
         self._protection = Protection(
             self.rules.drift_threshold,
             has_rung=self._rung is not None,
@@ -265,7 +238,7 @@ class OnlineCalibration:
         for k, layer in enumerate(aimed.layers):
             if layer.threshold != self._adapted.layers[k].threshold:
                 self.rules.update_threshold(layer.layer_idx, layer.threshold, metrics)
-        self._adapted = _with_thresholds(self.chosen, self.rules.thresholds)
+        self._adapted = with_thresholds(self.chosen, self.rules.thresholds)
 
     def _in_force(self) -> tuple[CascadeConfig, str]:
         level = self._protection.level
@@ -350,7 +323,7 @@ class OnlineCalibration:
                     self._drift.restore(state["drift"])
                 self._throughput.restore(state["throughput"])
                 self._tokens, self._calls = counts
-                self._adapted = _with_thresholds(self.chosen, self.rules.thresholds)
+                self._adapted = with_thresholds(self.chosen, self.rules.thresholds)
                 self._now = self._in_force()
         except (SedacError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise CalibrationError(
@@ -377,25 +350,6 @@ class OnlineCalibration:
         """Take a lock of its own."""
         self.__dict__.update(state)
         self._lock = threading.Lock()
-
-
-def exits_off(cascade: CascadeConfig) -> CascadeConfig:
-    """The same checkpoints with nothing leaving; risks are still seen.
-
-    Args:
-        cascade: The rules.
-    """
-    closed = [replace(each, threshold=0.0, exit_confidence=2.0) for each in cascade.layers]
-    return replace(cascade, layers=closed)
-
-
-def _may_leave(layer: Any) -> bool:
-    return bool(layer.threshold > 0 and layer.exit_confidence <= 1 and layer.weight > 0)
-
-
-def _with_thresholds(cascade: CascadeConfig, thresholds: Mapping[int, float]) -> CascadeConfig:
-    layers = [replace(each, threshold=thresholds[each.layer_idx]) for each in cascade.layers]
-    return replace(cascade, layers=layers)
 
 
 def _shown(value: float | None, form: str) -> str:

@@ -630,3 +630,38 @@ class AsyncBatchProcessor:
         Returns:
             Tokens, layers, risks, thresholds, confidences, exits, shares skipped, seconds.
         """
+def histogram(values: FloatArray, edges: FloatArray) -> npt.NDArray[np.int64]:
+    """Counts of values between edges.
+
+    Bin ``i`` holds the values that ``i`` edges do not exceed; the last bin of all holds those that
+    are NaN or infinite. The counts add up to ``n``.
+
+    Args:
+        values: ``[n]``.
+        edges: Not decreasing, ``[edges]``.
+
+    Returns:
+        Counts, ``[edges + 2]``.
+
+    Raises:
+        ValueError: If an edge is not finite or below the one before.
+        TypeError: If an array has another type or gaps.
+    """
+
+def kl_divergence(
+    live: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], prior: float
+) -> float:
+    """Kullback-Leibler divergence ``sum p ln(p / q)`` of two histograms, in nats.
+
+    Args:
+        live: Counts that give p, ``[bins]``; they need not be whole.
+        reference: Counts that give q, ``[bins]``.
+        prior: Added to every bin of both, above 0, so that the result is finite.
+
+    Returns:
+        The divergence, at least 0.
+
+    Raises:
+        ValueError: If lengths differ, a count is negative or not finite, or `prior` is not above 0.
+        TypeError: If an array has another type or gaps.
+    """

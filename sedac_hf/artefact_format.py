@@ -28,6 +28,7 @@ __all__ = [
     "CONFIG_FILE",
     "FORMAT_VERSION",
     "REMOTE_CODE_FILE",
+    "RISKS_PREFIX",
     "WEIGHTS_FILE",
     "ArtefactFiles",
     "ArtefactOrigin",
@@ -47,6 +48,7 @@ CARD_FILE = "README.md"
 CARD_SOURCE_FILE = "card.json"
 REMOTE_CODE_FILE = "modeling_sedac.py"
 BASE_FOLDER = "base"
+RISKS_PREFIX = "risks."
 
 # Fields of config.json that describe the files and are no part of SedacConfig.
 _FORMAT_FIELDS = ("sedac_format_version", "files", "auto_map", "transformers_version")
@@ -159,9 +161,12 @@ def _exchange(fresh: Path, target: Path, old: Path) -> None:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, whatever their order."""
+    """SHA-256 over names, types, shapes and bytes of tensors, whatever their order.
+
+    Histograms of risks are left out: they decide nothing, and may be added to what is certified.
+    """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
+    for name in sorted(name for name in tensors if not name.startswith(RISKS_PREFIX)):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy().tobytes())

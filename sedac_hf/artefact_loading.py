@@ -209,6 +209,7 @@ def _assemble(
             **values,
         )
     model.certificate = certificate
+    model.risk_histograms = parts.risk_histograms
     model.origin = ArtefactOrigin(
         files.source, files.directory, tensors_digest(files.tensors), files.card
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from sedac_hf.artefact_format import WEIGHTS_FILE, ArtefactFiles
+from sedac_hf.artefact_format import RISKS_PREFIX, WEIGHTS_FILE, ArtefactFiles
+from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.exit_heads import ExitHead
@@ -37,16 +38,20 @@ class ArtefactParts:
         probes: One risk probe per checkpoint.
         draft_vocabulary: Token ids, int64, or None for the whole vocabulary.
         cascade: The rules by which tokens leave, or None.
+        risk_histograms: Risks of calibration, or None; artefacts of earlier versions have none.
     """
 
     heads: list[ExitHead]
     probes: ProbeManager
     draft_vocabulary: Tensor | None
     cascade: CascadeConfig | None
+    risk_histograms: RiskHistograms | None
 
 
 def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
-    """What is stored of a model: heads in bf16, probes in float32, draft vocabulary, thresholds.
+    """What is stored of a model: heads in bf16, probes in float32, draft vocabulary and rules.
+
+    Histograms of risks are among it where the model has them.
 
     Args:
         model: The model.
@@ -64,6 +69,8 @@ def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
         tensors["draft_vocabulary"] = model.draft_vocabulary.detach().cpu()
     if model.cascade is not None:
         tensors |= model.cascade.to_tensors()
+    if model.risk_histograms is not None:
+        tensors |= model.risk_histograms.to_tensors()
     return tensors
 
 
@@ -103,9 +110,11 @@ def build_parts(
             layers = [spec.layer_idx for spec in specs]
             cascade = CascadeConfig.from_tensors(rules, layers)
             rules = {name: v for name, v in rules.items() if name not in cascade.to_tensors()}
+        risks = _take(left, RISKS_PREFIX, keep_prefix=True)
+        histograms = RiskHistograms.from_tensors(risks, len(specs)) if risks else None
         if left or rules:
             raise ArtefactError(f"it holds tensors that have no place: {sorted({**left, **rules})}")
-    return ArtefactParts(heads, probes, draft, cascade)
+    return ArtefactParts(heads, probes, draft, cascade, histograms)
 
 
 def _load_probes(probes: ProbeManager, tensors: dict[str, Tensor]) -> None:

@@ -37,6 +37,8 @@ from sedac_hf.generation.logits_processor import SedacLogitsProcessor
 if TYPE_CHECKING:
     from sedac_hf.artefact_format import ArtefactOrigin
     from sedac_hf.calibration.certificate import Certificate
+    from sedac_hf.calibration.drift import RiskHistograms
+    from sedac_hf.calibration.online import OnlineCalibration
 
 __all__ = ["SedacForCausalLM"]
 
@@ -58,6 +60,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         origin: The artefact that the model was loaded from, or None.
         exit_stats: Totals over all calls.
         metrics: The collector that is attached, or None.
+        risk_histograms: Risks of calibration, by which online calibration sees drift, or None.
+        calibration: Online calibration, see `attach_calibration`; None without it.
     """
 
     config: SedacConfig
@@ -109,6 +113,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.probes = probes
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
         self.cascade: CascadeConfig | None = None
+        self.calibration: OnlineCalibration | None = None
+        self.risk_histograms: RiskHistograms | None = None
         self.certificate: Certificate | None = None
         self.refused_modes: dict[str, str] = {}
         self.exits_off_reason: str | None = None
@@ -248,6 +254,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             self.exit_stats.add(session.pending.layers, session.pending.tries)
             if session.meter is not None:
                 session.meter.alone(session.pending)
+            session.tell(session.pending)
+        session.end()
         return output
 
     def _run(self, session: ExitSession, arguments: dict[str, Any]) -> Any:

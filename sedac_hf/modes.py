@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from sedac_hf.calibration_methods import CalibrationMethods
 from sedac_hf.config import MODES, SedacConfig
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
@@ -19,6 +20,9 @@ from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.session import ExitSession, ExitStats
 from sedac_hf.errors import ModeError
 from sedac_hf.metrics.attachment import Measured
+
+if TYPE_CHECKING:
+    from sedac_hf.core.observers import ExitWatch
 
 __all__ = ["ModeControl"]
 
@@ -31,7 +35,7 @@ _REPLACED: ContextVar[Mapping[int, CascadeConfig] | None] = ContextVar(
 )
 
 
-class ModeControl(Measured):
+class ModeControl(Measured, CalibrationMethods):
     """Modes, cascades and the sessions that follow from them."""
 
     # Transformers evaluates these annotations, so their names are imported for real.
@@ -65,6 +69,9 @@ class ModeControl(Measured):
         """
         if cascade is not None:
             check_cascade(cascade, self.config.checkpoint_specs())
+        if self.calibration is not None and self.calibration.chosen != cascade:
+            logger.warning("Online calibration was for other rules and is detached; attach anew.")
+            self.detach_calibration()
         self.cascade = cascade
         self.exits_off_reason = None
 
@@ -127,7 +134,24 @@ class ModeControl(Measured):
             controller = self.assembly.controller(cascade)
         settles = self.config.kv_mode == "settle"
         acting = None if controller is None else cascade
-        return ExitSession(
+        session = ExitSession(
             owner=self, mode=mode, cascade=controller, settles=settles,
             meter=self._meter(mode, acting),
         )  # fmt: skip
+        session.watch = self._watch(mode)
+        if session.watch is not None:
+            session.observers = (*session.observers, session.watch)
+            if controller is not None:
+                session.cascade = session.watch.cascade
+        return session
+
+    def _watch(self, mode: str) -> ExitWatch | None:
+        """What online calibration sees a call through; None where it has no part in it."""
+        calibration = self.calibration
+        if calibration is None or mode not in ("certified", "exact"):
+            return None
+        if self._cascade() is not self.cascade:
+            return None  # other rules stand in for those that are watched
+        from sedac_hf.calibration.call_watch import CallWatch
+
+        return CallWatch(calibration, self.assembly.controller, follows=mode == "certified")

@@ -25,6 +25,7 @@ pub mod async_processor;
 pub mod buffer;
 pub mod cascade;
 pub mod certify;
+pub mod drift;
 pub mod error;
 pub mod hidden;
 pub mod histogram;

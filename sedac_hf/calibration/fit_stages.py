@@ -21,6 +21,7 @@ from sedac_hf.calibration.certify import certify
 from sedac_hf.calibration.cost_measurement import measure_costs
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, encode_texts, read_documents
+from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
@@ -219,6 +220,7 @@ class FitRun:
             kv_mode=self.settings.kv_mode,
             fingerprint=fingerprint(self.base),
         )
+        model.risk_histograms = RiskHistograms.from_traces(fitted.traces)
         if self.process.is_main_process:
             fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = self._costs(model, splits)

@@ -13,6 +13,7 @@ from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.calibration.certify import certify
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, split_documents
+from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.calibration.measurement import collect_traces
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.states import BaseStates
@@ -92,9 +93,10 @@ def calibrate(
             probe_rank=model.config.probe_rank,
             draft_vocabulary=0 if draft is None else len(draft),
         )
+    traces = trace_documents(model, search, progress=progress)
     policies = choose_policies(
         model,
-        trace_documents(model, search, progress=progress),
+        traces,
         search,
         costs,
         temperatures=_temperatures(model),
@@ -116,6 +118,7 @@ def calibrate(
     policy = certificate.policy
     model.set_cascade(policy.cascade if policy else None)
     model.certificate = certificate
+    model.risk_histograms = RiskHistograms.from_traces(traces)
     return certificate
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.exit_cache import ExitCache, predecessor_visible, previous_states
+from sedac_hf.core.exit_check import check_step, hold_by
 from sedac_hf.core.exit_step import ExitStep
 from sedac_hf.core.session import ExitSession
 
@@ -205,7 +206,7 @@ class DecodeLoop:
         plain step costs. Loops that can wait with it have the same results.
         """
         parts = self._parts
-        step = ExitStep(parts, self._session, hidden, self._eligible)
+        step = self._begin(hidden)
         settles = self._session.settles
         feedback = None
         if parts.layout.has_feedback:
@@ -227,8 +228,40 @@ class DecodeLoop:
         else:
             left = None if settles else step.left
             hidden = parts.passes.run(hidden, calls, at, len(calls), left)
+        self._check(step, hidden)
         output = step.output(hidden)
         if parts.layout.has_feedback:
             parts.layout.push_states(cache, output)
         self._session.pending = step.record
         return output
+
+    def _begin(self, hidden: Tensor) -> ExitStep:
+        """The step; a watch may have it look at other rules, or hold back some exits."""
+        session = self._session
+        watch = session.watch
+        if watch is None:
+            return ExitStep(self._parts, session, hidden, self._eligible)
+        rule = watch.look()
+        # Settled exits are run on in any case.
+        holds = rule is not None or not session.settles
+        hold = hold_by(watch, session.live) if holds else None
+        return ExitStep(
+            self._parts, session, hidden, self._eligible,
+            rule=rule, hold=hold, follows=session.settles,
+        )  # fmt: skip
+
+    def _check(self, step: ExitStep, hidden: Tensor) -> None:
+        """Hold some exits against full depth, which their rows have been run to."""
+        session = self._session
+        watch = session.watch
+        if watch is None or session.cascade is None:
+            return
+        rows = step.held >= 0
+        left = step.record.checkpoints >= 0
+        if session.settles and left.any():
+            live = session.live
+            fits = live is not None and live.shape == left.shape
+            rows = watch.pick(left & live if fits else left, runs_on=False)
+        layers = session.cascade.config.layers
+        temperatures = [layer.temperature for layer in layers]
+        check_step(step, rows, hidden, self._parts.shell.logits, temperatures, watch)

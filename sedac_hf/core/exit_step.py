@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.decoder_loop import ExitParts
     from sedac_hf.core.session import ExitSession
 
-__all__ = ["ExitStep", "checkpoint_decision", "top_probability"]
+__all__ = ["ExitStep", "checkpoint_decision", "risks_of", "top_probability"]
 
 Mask = npt.NDArray[np.bool_]
 # Logits that are held at once when only their largest probability is wanted.
@@ -24,7 +25,15 @@ _MAX_LOGITS = 1 << 24
 
 
 class ExitStep:
-    """Who is still on the way in one decode step, and with which state the others left."""
+    """Who is still on the way in one decode step, and with which state the others left.
+
+    Attributes:
+        all_left: Whether nobody is on the way any more.
+        record: What was decided for each row.
+        left: Rows that have left, or ended before, broadcastable to `[rows, 1, width]`; None
+            before the first exit.
+        held: Checkpoint at which each row would have left but was run on, `[rows]`; -1 for none.
+    """
 
     def __init__(
         self,
@@ -33,6 +42,10 @@ class ExitStep:
         hidden: Tensor,
         eligible: Mask | None,
         done: Mask | None = None,
+        *,
+        rule: CascadeController | None = None,
+        hold: Callable[[Mask], Mask] | None = None,
+        follows: bool = False,
     ) -> None:
         """Begin a step.
 
@@ -42,11 +55,20 @@ class ExitStep:
             hidden: Embeddings `[rows, 1, width]`.
             eligible: Rows that may leave, `[rows]`; None for all.
             done: Rows whose texts have ended and for whom nobody waits, `[rows]`; None for none.
+            rule: Rules in place of the session's.
+            hold: Picks, of the rows that leave, those that are run on all the same, to see what
+                full depth says.
+            follows: Whether rows that have left come to later checkpoints all the same, and their
+                risks there are wanted.
         """
         rows = hidden.shape[0]
         assert session.cascade is not None
         self._parts = parts
-        self._cascade: CascadeController = session.cascade
+        self._cascade: CascadeController = session.cascade if rule is None else rule
+        self._hold = hold
+        self.held = np.full(rows, -1, np.int64)
+        self._held_exits: Tensor | None = None
+        self._follows = follows
         self._state = self._cascade.start(rows)
         self._active = np.ones(rows, np.bool_) if eligible is None else eligible.copy()
         self._gone = np.zeros(rows, np.bool_) if done is None else done.copy()
@@ -57,12 +79,17 @@ class ExitStep:
         self._exits: Tensor | None = None
         depth = parts.shell.num_layers
         self.record = StepRecord.full_depth(rows, depth, len(parts.heads))
+        self._later = self.record.risks.copy()
         self.left: Tensor | None = None
 
     def tries(self, k: int, hidden: Tensor) -> bool:
         """Ask the cascade about checkpoint `k`; whether any row is to try its head."""
-        if not self._asks:
-            return False
+        tries = self._asks and self._ask(k, hidden)
+        if self._held_exits is not None or (self._follows and self._exits is not None):
+            self._follow(k, hidden)
+        return tries
+
+    def _ask(self, k: int, hidden: Tensor) -> bool:
         decision = checkpoint_decision(
             self._parts, self._cascade, k, hidden[:, 0], self._state, self._active
         )
@@ -71,6 +98,14 @@ class ExitStep:
         record.confidences[:, k] = decision.confidence
         record.tries[:, k] = self._try = decision.try_exit
         return decision.tries > 0
+
+    def _follow(self, k: int, hidden: Tensor) -> None:
+        """Note the risks at checkpoint `k` of rows that need not be asked any more."""
+        found = risks_of(self._parts, self._cascade, k, hidden[:, 0])
+        held = (self.held >= 0) & (self.held < k)
+        left = (self.record.checkpoints >= 0) & (self.record.checkpoints < k)
+        self.record.risks[held, k] = found[held]
+        self._later[left, k] = found[left]
 
     def leave(self, k: int, exit_states: Tensor) -> None:
         """Let the rows go that try at checkpoint `k` and whose exit is sure enough."""
@@ -87,16 +122,37 @@ class ExitStep:
             return
         self._active = self._active & ~leaving
         self._asks = bool(self._active.any())
+        if self._hold is not None:
+            leaving = leaving & ~self._held_back(k, leaving, exit_states)
+            if not leaving.any():
+                return
         self._gone = self._gone | leaving
         self.all_left = bool(self._gone.all())
         self.record.layers[leaving] = self._parts.heads[k].layer_idx
         self.record.checkpoints[leaving] = k
-        now = torch.from_numpy(leaving).to(exit_states.device).view(-1, 1, 1)
-        if self._exits is None:
-            self._exits = exit_states
-        else:
-            self._exits = torch.where(now, exit_states, self._exits.to(exit_states.device))
+        self._exits = _put(leaving, exit_states, self._exits)
         self.left = torch.from_numpy(self._gone).to(exit_states.device).view(-1, 1, 1)
+
+    def exit_states(self, rows: Mask) -> Tensor:
+        """States for the final norm with which rows left, or would have, `[n, 1, width]`."""
+        places = torch.from_numpy(np.flatnonzero(rows))
+        found = self._held_exits if (self.held[rows] >= 0).any() else self._exits
+        assert found is not None
+        return found[places.to(found.device)]
+
+    def known_risks(self, rows: Mask) -> npt.NDArray[np.float32]:
+        """Risk at every checkpoint as far as it is known, `[n, checkpoints]`."""
+        risks = self.record.risks[rows]
+        return np.where(np.isnan(risks), self._later[rows], risks)
+
+    def _held_back(self, k: int, leaving: Mask, exit_states: Tensor) -> Mask:
+        """Rows that are run on although they would leave."""
+        assert self._hold is not None
+        held = self._hold(leaving)
+        if held.any():
+            self.held[held] = k
+            self._held_exits = _put(held, exit_states, self._held_exits)
+        return held
 
     def output(self, hidden: Tensor) -> Tensor:
         """Each row's state for the final norm."""
@@ -132,6 +188,33 @@ def checkpoint_decision(
     decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
     risk = np.where(active, decision.risk, np.float32(np.nan))
     return decision._replace(risk=risk)
+
+
+def risks_of(
+    parts: ExitParts, cascade: CascadeController, k: int, states: Tensor
+) -> npt.NDArray[np.float32]:
+    """Risk of each row at checkpoint `k`, whoever has left.
+
+    Args:
+        parts: What exits are made of.
+        cascade: A cascade with the probes.
+        k: Index of the checkpoint.
+        states: Hidden states `[rows, width]`.
+
+    Returns:
+        Risks, `[rows]`.
+    """
+    rows = states.shape[0]
+    everyone = np.ones(rows, np.bool_)
+    return checkpoint_decision(parts, cascade, k, states, cascade.start(rows), everyone).risk
+
+
+def _put(rows: Mask, states: Tensor, into: Tensor | None) -> Tensor:
+    """`into`, if there is one, with the states of some rows put in."""
+    if into is None:
+        return states
+    here = torch.from_numpy(rows).to(states.device).view(-1, 1, 1)
+    return torch.where(here, states, into.to(states.device))
 
 
 def top_probability(parts: ExitParts, exit_states: Tensor) -> npt.NDArray[np.float32]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sedac_hf.core.cascade_controller import CascadeController
+    from sedac_hf.core.observers import ExitWatch, StepObserver
     from sedac_hf.metrics.call_meter import CallMeter
 
 __all__ = ["ExitSession", "ExitStats", "StepRecord", "active_session", "session_scope"]
@@ -230,6 +231,9 @@ class ExitSession:
         origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
             draft, else `"base"`. Exact mode only.
         meter: Reports the call to a collector, None without one.
+        observers: Told of every step; the watch among them.
+        watch: Says which rules act and which exits are held against full depth; None for nobody.
+        live: Rows whose text went on at the last commit, `[rows]`; None for all.
     """
 
     owner: object
@@ -247,19 +251,29 @@ class ExitSession:
     drafted: DraftStats | None = None
     origins: list[str] = field(default_factory=list)
     meter: CallMeter | None = None
+    observers: tuple[StepObserver, ...] = ()
+    watch: ExitWatch | None = None
+    live: npt.NDArray[np.bool_] | None = None
 
     @property
     def on_pass(self) -> bool:
         """Whether the call can be decoded by loops over a pass of its own."""
         return self.mode in ("exact", "plain") or (self.settles and self.cascade is not None)
 
-    def commit(self, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
-        """Take the pending record into the list.
+    def commit(
+        self,
+        rows: int,
+        num_layers: int,
+        num_checkpoints: int,
+        live: npt.NDArray[np.bool_] | None = None,
+    ) -> StepRecord:
+        """Take the pending record into the list, and tell the observers.
 
         Args:
             rows: Rows whose next token is being chosen.
             num_layers: Decoder layers of the base.
             num_checkpoints: Checkpoints of the model.
+            live: Rows whose text goes on, `[rows]`; None for all.
 
         Returns:
             The record; a full-depth one if the forward left none.
@@ -269,7 +283,21 @@ class ExitSession:
         if record is None or len(record.layers) != rows:
             record = StepRecord.full_depth(rows, num_layers, num_checkpoints)
         self.records.append(record)
+        self.live = live
+        self.tell(record)
         return record
+
+    def tell(self, record: StepRecord) -> None:
+        """Show a step to the observers, and take up the rules that follow from it."""
+        for observer in self.observers:
+            observer.observe(record, self.live)
+        if self.watch is not None and self.cascade is not None:
+            self.cascade = self.watch.cascade
+
+    def end(self) -> None:
+        """Tell the observers that the call is over."""
+        for observer in self.observers:
+            observer.end()
 
 
 _ACTIVE: ContextVar[ExitSession | None] = ContextVar("sedac_session", default=None)
@@ -287,9 +315,11 @@ def active_session(owner: object) -> ExitSession | None:
 
 @contextmanager
 def session_scope(session: ExitSession | None) -> Iterator[None]:
-    """Make `session` the active one in this thread of control."""
+    """Make `session` the active one in this thread of control; its observers learn of the end."""
     token = _ACTIVE.set(session)
     try:
         yield
     finally:
         _ACTIVE.reset(token)
+        if session is not None:
+            session.end()

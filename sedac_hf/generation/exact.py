@@ -16,6 +16,7 @@ from sedac_hf.generation.acceptance import TokenChooser
 from sedac_hf.generation.exact_call import ExactCall, outcome, rows_behind, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.head_draft import HeadDraft
+from sedac_hf.generation.head_watch import HeadWatch
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settled import decode_settled
 from sedac_hf.modes import ModeControl
@@ -23,6 +24,8 @@ from sedac_hf.modes import ModeControl
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
     from transformers.generation.streamers import BaseStreamer
+
+    from sedac_hf.core.row_pass import RowPass
 
 __all__ = ["ExactDecoding"]
 
@@ -114,7 +117,8 @@ class ExactDecoding(ModeControl):
         governors = self.assembly.governors
         k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
         if k is not None:
-            head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last)
+            watch = self._head_watch(session, run, k)
+            head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch)
         depth = self.shell.num_layers
         governor = governors.find(run, depth, state, head)
         returned = bool(call.config.return_dict_in_generate)
@@ -136,6 +140,13 @@ class ExactDecoding(ModeControl):
                     parts.layout.push_states(cache, states)
             run.store(cache, state.length)
         return outcome(texts, call, model_kwargs)
+
+    def _head_watch(self, session: ExitSession, run: RowPass, k: int) -> HeadWatch | None:
+        """Holds the drafting head's exits against verified tokens, where somebody wants to know."""
+        if session.watch is None:
+            return None
+        rule = session.watch.cascade.config
+        return HeadWatch(run, self.assembly.parts, k, rule, session.watch)
 
     def _last_state(self, cache: Any, rows: int) -> Tensor:
         """Final-layer state of the prompt's end, `[rows, 1, width]`; zeros if it is not kept."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.row_pass import Placement, RowPass
     from sedac_hf.generation.draft_tree import DraftTree
     from sedac_hf.generation.governor import Governor
+    from sedac_hf.generation.head_watch import HeadWatch
     from sedac_hf.generation.row_state import RowState
 
 __all__ = ["HeadDraft"]
@@ -41,6 +42,7 @@ class HeadDraft:
         state: RowState,
         tokens: Tensor | None,
         last: Tensor,
+        watch: HeadWatch | None = None,
     ) -> None:
         """Draft with head `k`.
 
@@ -51,7 +53,10 @@ class HeadDraft:
             state: Where the rows stand; right behind the prompt.
             tokens: Token ids of the draft vocabulary; None for all.
             last: The prompt's last final-layer state, `[rows, 1, width]`.
+            watch: Is shown every exit from true states once the base's own state is known.
         """
+        self._watch = watch
+        self._root: tuple[Tensor, Tensor] | None = None  # states before and behind the head
         self.k = k
         self.layer = spec.layer_idx
         self._feeds = spec.feedback
@@ -141,6 +146,9 @@ class HeadDraft:
             counts: How many stay, `[rows]`.
         """
         kept = gather_nodes(final, path)
+        if self._watch is not None and self._root is not None:
+            self._watch.see(*self._root, kept[:, :1], (counts > 0)[:, None])
+            self._root = None
         before = torch.cat([self._last, kept[:, :-1]], dim=1)
         skip = 1 if self._has_root else 0
         new = np.maximum(counts - skip, 0)
@@ -170,6 +178,11 @@ class HeadDraft:
         at = self._state.place(steps, chain_mask(self._counts + 1, most + 1), self._length)
         states = self._head(hidden, feedback, at)
         found = gather_nodes(states, self._counts[:, None])
+        if self._watch is not None:
+            # What a position was followed by as feedback is its own final state.
+            valid = order[:most] < self._counts[:, None]
+            self._watch.see(hidden[:, :most], states[:, :most], feedback[:, 1:], valid)
+            self._root = (root, found)
         self._length = self._length + self._counts + alive
         self._counts = np.zeros_like(self._counts)
         self._pending, self._before = root[:, :0], root[:, :0]

@@ -56,7 +56,12 @@ class SedacLogitsProcessor(LogitsProcessor):
         meter = session.meter
         if meter is not None and meter.live:
             meter.release(input_ids[:, -1:].flatten(), session.eos_tokens)
-        record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints)
+        live = None
+        if session.observers and session.eos_tokens is not None:
+            new = input_ids[:, session.prompt_length :]
+            ended = torch.isin(new, session.eos_tokens.to(new.device)).any(-1)
+            live = np.asarray(~ended.cpu(), np.bool_)
+        record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints, live)
         if meter is not None and meter.live:
             meter.hold(record)
         scaled = scale_exits(scores, record.checkpoints, self._temperatures)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,7 +71,12 @@ class OpenNodes:
     """
 
     def __init__(
-        self, run: RowPass, state: RowState, checkpoints: Sequence[int], queues: Sequence[HeadQueue]
+        self,
+        run: RowPass,
+        state: RowState,
+        checkpoints: Sequence[int],
+        queues: Sequence[HeadQueue],
+        passing: Callable[[int, int, Tensor], None] | None = None,
     ) -> None:
         """Begin with none.
 
@@ -80,7 +85,10 @@ class OpenNodes:
             state: Where the rows stand.
             checkpoints: Layers that are run before each checkpoint, in increasing order.
             queues: What waits for each checkpoint's head.
+            passing: Is told when a node comes to a checkpoint: the node, the index of the
+                checkpoint, its states there.
         """
+        self._passing = passing
         self._run = run
         self._state = state
         self._checkpoints = list(checkpoints)
@@ -135,6 +143,11 @@ class OpenNodes:
                 self._pass(node, end)
         return self._hidden[-1]
 
+    @property
+    def states(self) -> list[Tensor]:
+        """State of each token at the depth it has come to, `[rows, 1, width]` each."""
+        return self._hidden
+
     def close(self) -> None:
         """Count all tokens as settled; they have been through every layer."""
         self._state.length = self._state.length + len(self)
@@ -143,8 +156,10 @@ class OpenNodes:
     def _pass(self, node: int, depth: int) -> None:
         """Put a token that has come to a checkpoint in its head's queue."""
         if depth in self._checkpoints:
-            queue = self._queues[self._checkpoints.index(depth)]
-            queue.add(self._hidden[node], self._before[node])
+            k = self._checkpoints.index(depth)
+            self._queues[k].add(self._hidden[node], self._before[node])
+            if self._passing is not None:
+                self._passing(node, k, self._hidden[node])
 
 
 def _chain(rows: int, first: int, count: int) -> npt.NDArray[np.bool_]:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.exit_check import check_step, hold_by
 from sedac_hf.core.exit_step import ExitStep
 from sedac_hf.core.session import StepRecord
+from sedac_hf.generation.exit_audit import ExitAudit
 from sedac_hf.generation.logits_processor import scale_exits
 from sedac_hf.generation.open_nodes import HeadQueue, OpenNodes
 
@@ -78,7 +80,12 @@ class SettleLoop:
         heads = parts.heads if session.in_step and rules else ()
         self._queues = [HeadQueue(run, k, h.spec.feedback, state) for k, h in enumerate(heads)]
         self._stops = [head.layer_idx + 1 for head in heads]
-        self._open = OpenNodes(run, state, self._stops, self._queues)
+        self._watch = session.watch
+        self._audit: ExitAudit | None = None
+        if self._watch is not None:
+            self._audit = ExitAudit(run, parts, self._watch, self._temperatures)
+        passing = None if self._audit is None else self._audit.passing
+        self._open = OpenNodes(run, state, self._stops, self._queues, passing)
         self._tokens = np.zeros(state.rows, np.int64)
         self._outputs: list[Tensor] | None = [] if keeps_states else None
         self.tails = state.rows  # times that the last layer was run for a row, the prompt's once
@@ -117,7 +124,7 @@ class SettleLoop:
             return self._finish(), StepRecord.full_depth(
                 rows, parts.shell.num_layers, len(parts.heads)
             )
-        step = ExitStep(self._parts, self._session, hidden, None, self._texts.done)
+        step, looks = self._begin(hidden)
         for k, stop in enumerate(self._stops):
             hidden = self._open.advance(stop)
             if step.tries(k, hidden):
@@ -126,15 +133,33 @@ class SettleLoop:
                 self._queues[k].flush()
             if step.all_left:
                 break
+        if self._audit is not None:
+            self._audit.note(len(self._open) - 1, step)
         if not step.all_left or len(self._open) > self._max_pending:
             hidden = self._finish()
+        if looks and self._watch is not None:
+            check_step(
+                step, step.held >= 0, hidden, self._run.logits, self._temperatures, self._watch
+            )
         self._last = step.output(hidden)
         if self._outputs is not None:
             self._outputs.append(self._last)
         return self._last, step.record
 
+    def _begin(self, hidden: Tensor) -> tuple[ExitStep, bool]:
+        """The step, and whether its exits are only looked at."""
+        rule = None if self._watch is None else self._watch.look()
+        hold = None if rule is None or self._watch is None else hold_by(self._watch, None)
+        step = ExitStep(
+            self._parts, self._session, hidden, None, self._texts.done,
+            rule=rule, hold=hold, follows=self._watch is not None,
+        )  # fmt: skip
+        return step, rule is not None
+
     def _finish(self) -> Tensor:
         hidden = self._open.advance(self._parts.shell.num_layers)
+        if self._audit is not None:
+            self._audit.settle(self._open.states)
         self._open.close()
         self.tails += int((~self._texts.done).sum())
         return hidden
@@ -143,7 +168,8 @@ class SettleLoop:
         """Draw the next token of every row that goes on, and commit the step."""
         session, texts = self._session, self._texts
         session.pending = record
-        session.commit(self._state.rows, self._parts.shell.num_layers, len(self._parts.heads))
+        depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
+        session.commit(self._state.rows, depth, heads, ~texts.done)
         going: npt.NDArray[np.intp] = np.flatnonzero(~texts.done)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
         rows = going.tolist()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +16,7 @@ from sedac_hf.artefact_format import (
     WEIGHTS_FILE,
     read_artefact,
 )
+from sedac_hf.calibration import RiskHistograms
 from sedac_hf.errors import (
     ArtefactError,
     FormatVersionError,
@@ -152,3 +154,11 @@ def test_damage_is_a_clear_error_and_nothing_is_half_loaded(
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], value) for name, value in after.items())
     assert torch.isfinite(base(prompt(1, 4)).logits).all()
+
+
+def test_histograms_of_other_checkpoints_are_refused(copy: Path) -> None:
+    files = read_artefact(copy, "artefact")
+    other = RiskHistograms.from_risks(np.random.default_rng(0).random((50, 2)).astype(np.float32))
+    rewrite(copy, files.tensors | other.to_tensors())
+    with pytest.raises(ArtefactError, match="2 checkpoints, the model has 3"):
+        load(copy)

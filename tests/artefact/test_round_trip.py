@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from sedac_hf.artefact_format import (
     read_artefact,
     tensors_digest,
 )
+from sedac_hf.calibration import RiskHistograms
 from tests.artefacts import (
     issue,
     load,
@@ -120,3 +122,19 @@ def test_the_base_is_untouched_by_saving_and_loading(base_folder: Path, tmp_path
     load(tmp_path / "artefact", base_model=base)
     assert base.config._attn_implementation == attention
     assert all(torch.equal(before[name], value) for name, value in base.state_dict().items())
+
+
+def test_histograms_of_risks_come_back_and_leave_the_certificate_alone(
+    saved: Path, tmp_path: Path
+) -> None:
+    model = load(saved)
+    assert model.risk_histograms is None  # as in artefacts of earlier versions
+    rng = np.random.default_rng(0)
+    model.risk_histograms = RiskHistograms.from_risks(rng.random((500, 3)).astype(np.float32))
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.certificate == issue()
+    assert again.exits_off_reason is None
+    assert again.risk_histograms is not None
+    assert np.array_equal(again.risk_histograms.edges, model.risk_histograms.edges)
+    assert np.array_equal(again.risk_histograms.counts, model.risk_histograms.counts)

@@ -50,6 +50,26 @@ def test_a_step_without_a_record_counts_as_full_depth() -> None:
     assert [len(record.layers) for record in session.records] == [2, 2, 2]
 
 
+def test_observers_are_told_of_every_step_and_of_the_end() -> None:
+    class Observer:
+        def __init__(self) -> None:
+            self.seen: list[object] = []
+
+        def observe(self, record: StepRecord, live: np.ndarray | None) -> None:
+            self.seen.append((record, None if live is None else live.tolist()))
+
+        def end(self) -> None:
+            self.seen.append("end")
+
+    observer = Observer()
+    session = ExitSession(owner=None, mode="certified", observers=(observer,))
+    with session_scope(session):
+        session.commit(2, 6, 1)
+        session.commit(2, 6, 1, np.array([True, False]))
+    first, second = session.records
+    assert observer.seen == [(first, None), (second, [True, False]), "end"]
+
+
 def test_a_record_tells_the_last_risk_that_is_known() -> None:
     record = StepRecord.full_depth(3, 6, 2)
     record.risks[:] = [[0.5, np.nan], [0.7, 0.2], [np.nan, np.nan]]

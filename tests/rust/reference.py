@@ -117,3 +117,19 @@ def hoeffding_bentkus_p_value(n: int, mean: float, alpha: float) -> float:
         entropy += (1 - low) * math.log((1 - low) / (1 - alpha))
     bentkus = math.e * float(stats.binom.cdf(math.ceil(n * mean), n, alpha))
     return min(1.0, math.exp(-n * entropy), bentkus)
+
+
+def histogram(values: Floats, edges: Floats) -> npt.NDArray[np.int64]:
+    """Values between edges; one more bin for those that are not finite."""
+    finite = values[np.isfinite(values)]
+    bounds = np.concatenate([[-np.inf], edges.astype(np.float64), [np.inf]])
+    counts = [int(((finite >= low) & (finite < high)).sum()) for low, high in pairwise(bounds)]
+    return np.array([*counts, len(values) - len(finite)], np.int64)
+
+
+def kl_divergence(
+    live: npt.NDArray[np.float64], reference: npt.NDArray[np.float64], prior: float
+) -> float:
+    """`sum p ln(p / q)` after `prior` was added to every bin."""
+    p, q = live + prior, reference + prior
+    return float(stats.entropy(p / p.sum(), q / q.sum()))

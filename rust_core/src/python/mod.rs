@@ -6,6 +6,7 @@ mod async_processor;
 mod buffer;
 mod cascade;
 mod certify;
+mod drift;
 mod pass;
 mod probe;
 mod replay;
@@ -54,6 +55,8 @@ mod _core {
     use super::cascade::Cascade;
     #[pymodule_export]
     use super::certify::{betting_p_value, fixed_sequence, hoeffding_bentkus_p_value};
+    #[pymodule_export]
+    use super::drift::{histogram, kl_divergence};
     #[pymodule_export]
     use super::kernel;
     #[pymodule_export]

@@ -1,0 +1,120 @@
+"""What exact mode knows for nothing: each exit of the drafting head beside the verified state."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sedac_hf.core.cascade_config import CascadeConfig
+from sedac_hf.core.cascade_controller import CascadeController
+from sedac_hf.core.exit_check import judged
+from sedac_hf.core.exit_step import checkpoint_decision, top_probability
+
+if TYPE_CHECKING:
+    from sedac_hf.core.cascade_controller import CheckpointDecision
+    from sedac_hf.core.decoder_loop import ExitParts
+    from sedac_hf.core.observers import ExitWatch
+    from sedac_hf.core.row_pass import RowPass
+
+__all__ = ["HeadWatch"]
+
+
+class HeadWatch:
+    """Holds what one head says of verified tokens against the base's own states.
+
+    Only the head that drafts is run, so its checkpoint is judged as if it were the only one.
+    """
+
+    def __init__(
+        self, run: RowPass, parts: ExitParts, k: int, rule: CascadeConfig, watch: ExitWatch
+    ) -> None:
+        """Watch head `k`.
+
+        Args:
+            run: Its heads say what the states mean.
+            parts: What exits are made of; the draft vocabulary that of certified mode.
+            k: Index of the head.
+            rule: Rules by which tokens would leave.
+            watch: Told of the result.
+        """
+        self._run = run
+        self._parts = parts
+        self._k = k
+        self._watch = watch
+        self._count = len(rule.layers)
+        self._layer = rule.layers[k]
+        # A weight and no decay: what other checkpoints would have added is not known.
+        alone = CascadeConfig([replace(self._layer, decay=0.0)])
+        self._cascade = CascadeController(alone, [parts.probes.native(k)])
+
+    def see(
+        self, hidden: Tensor, exits: Tensor, finals: Tensor, valid: npt.NDArray[np.bool_]
+    ) -> None:
+        """Take note of positions whose token has been verified.
+
+        Args:
+            hidden: States at the checkpoint, `[rows, n, width]`.
+            exits: The head's states, from true feedback, same shape.
+            finals: The base's own after the last layer, same shape.
+            valid: Which of them are meant, `[rows, n]`.
+        """
+        if not valid.any():
+            return
+        where = torch.from_numpy(valid)
+        states = hidden[where.to(hidden.device)]
+        exits, finals = exits[where.to(exits.device)], finals[where.to(finals.device)]
+        decision = self._decide(states)
+        leaving = decision.try_exit
+        least = self._layer.min_probability
+        if least > 0 and leaving.any():
+            sure = np.zeros(len(leaving), np.bool_)
+            picked = exits[torch.from_numpy(leaving).to(exits.device)].unsqueeze(1)
+            picked = picked.to(self._parts.shell.base.dtype)
+            sure[leaving] = top_probability(self._parts, picked)[:, 0] >= least
+            leaving = leaving & sure
+        self._watch.verified(self._k, decision.risk)
+        rows = self._watch.pick(leaving, runs_on=False)
+        if rows.any():
+            self._judge(rows, exits, finals, decision.risk)
+
+    def _judge(
+        self,
+        rows: npt.NDArray[np.bool_],
+        exits: Tensor,
+        finals: Tensor,
+        risk: npt.NDArray[np.float32],
+    ) -> None:
+        """Compare the exits that were picked."""
+        places = torch.from_numpy(rows)
+        risks = np.full((int(rows.sum()), self._count), np.nan, np.float32)
+        risks[:, self._k] = risk[rows]
+        checkpoints = np.full(len(risks), self._k, np.int64)
+        temperatures = [1.0] * self._count
+        temperatures[self._k] = self._layer.temperature
+        self._watch.judge(
+            judged(
+                exits[places.to(exits.device)].unsqueeze(1),
+                finals[places.to(finals.device)].unsqueeze(1),
+                self._run.logits,
+                checkpoints,
+                temperatures,
+                risks,
+                share=self._watch.share(runs_on=False),
+                left=False,
+            )
+        )
+
+    def _decide(self, states: Tensor) -> CheckpointDecision:
+        """Risks and tries of states at the checkpoint."""
+        parts = self._parts
+        rows = states.shape[0]
+        everyone = np.ones(rows, np.bool_)
+        start = self._cascade.start(rows)
+        if states.device.type == "cpu":
+            return checkpoint_decision(parts, self._cascade, 0, states, start, everyone)
+        return self._cascade.step_risk(0, parts.probes.risk(self._k, states), start, everyone)

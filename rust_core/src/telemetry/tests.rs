@@ -63,7 +63,7 @@ fn a_step_counts_each_token_once_and_each_decision_once() {
     assert_eq!(Statistics::weight(&report), 2);
     found.take(&report);
     assert_eq!((found.tokens.clone(), found.full), (vec![0, 2], 1));
-    let [first, second] = &found.layers[..] else { panic!("two layers") };
+    let (first, second) = (&found.layers[0], &found.layers[1]);
     assert_eq!((first.decisions, first.tries, first.exits), (2, 1, 1));
     assert_eq!((second.decisions, second.tries, second.exits), (1, 1, 0));
     assert_eq!((first.threshold, second.threshold), (1.0, 2.0));

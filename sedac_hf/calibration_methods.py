@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from sedac_hf.calibration.online import OnlineCalibration
 from sedac_hf.errors import CalibrationError
@@ -67,4 +67,4 @@ class CalibrationMethods:
             What watched, or None.
         """
         found, self.calibration = self.calibration, None
-        return cast("OnlineCalibration | None", found)
+        return found

@@ -67,6 +67,7 @@ class CallWatch:
         self._times = follows and calibration.exit_rate is not None
         self._last: float | None = None  # when the last step was told
         self._quiet = False  # whether nothing had left in it
+        self._config: CascadeConfig | None = None
         self._take_rules()
 
     @property
@@ -190,7 +191,7 @@ class CallWatch:
         if not self._follows:
             config = self._calibration.chosen
         self._fallen = self._follows and level != "certified"
-        if not hasattr(self, "_cascade") or self._cascade.config is not config:
-            self._cascade = self._controller_of(config)
+        if self._config is not config:
+            self._config, self._cascade = config, self._controller_of(config)
         may = [k for k, each in enumerate(config.layers) if each.exit_confidence <= 1]
         self._first_open = min(may, default=len(config.layers))

@@ -127,8 +127,8 @@ class RiskHistograms:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """As the tensors `risks.edges` and `risks.counts`."""
-        arrays = (self.edges, self.counts)
-        return {n: torch.from_numpy(a.copy()) for n, a in zip(_NAMES, arrays, strict=True)}
+        edges = torch.from_numpy(self.edges.copy())
+        return dict(zip(_NAMES, (edges, torch.from_numpy(self.counts.copy())), strict=True))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], checkpoints: int) -> RiskHistograms:

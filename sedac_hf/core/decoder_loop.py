@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.exit_cache import ExitCache, predecessor_visible, previous_states
-from sedac_hf.core.exit_check import check_step, hold_by
+from sedac_hf.core.exit_check import check_step, hold_by, still_live
 from sedac_hf.core.exit_step import ExitStep
 from sedac_hf.core.session import ExitSession
 
@@ -259,9 +259,7 @@ class DecodeLoop:
         rows = step.held >= 0
         left = step.record.checkpoints >= 0
         if session.settles and left.any():
-            live = session.live
-            fits = live is not None and live.shape == left.shape
-            rows = watch.pick(left & live if fits else left, runs_on=False)
+            rows = watch.pick(still_live(left, session.live), runs_on=False)
         layers = session.cascade.config.layers
         temperatures = [layer.temperature for layer in layers]
         check_step(step, rows, hidden, self._parts.shell.logits, temperatures, watch)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.exit_step import ExitStep
     from sedac_hf.core.observers import ExitWatch
 
-__all__ = ["check_step", "divergence_of", "hold_by", "judged"]
+__all__ = ["check_step", "divergence_of", "hold_by", "judged", "still_live"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -79,12 +79,17 @@ def hold_by(watch: ExitWatch, live: Mask | None) -> Callable[[Mask], Mask]:
         watch: The watch.
         live: Rows whose text goes on, `[rows]`; None for all.
     """
+    return lambda leaving: watch.pick(still_live(leaving, live), runs_on=True)
 
-    def hold(leaving: Mask) -> Mask:
-        fits = live is not None and live.shape == leaving.shape
-        return watch.pick(leaving & live if fits else leaving, runs_on=True)
 
-    return hold
+def still_live(rows: Mask, live: Mask | None) -> Mask:
+    """Those rows whose text goes on.
+
+    Args:
+        rows: Rows, `[rows]`.
+        live: Rows whose text went on at the last step; of another number it says nothing.
+    """
+    return rows if live is None or live.shape != rows.shape else rows & live
 
 
 def check_step(

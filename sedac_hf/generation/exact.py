@@ -47,7 +47,7 @@ class ExactDecoding(ModeControl):
             call = ExactCall(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
             )
-            choice = self._pass_choice()
+            choice = self.pass_choice()
             stats = self.exit_stats
             stats.runs_on, stats.runs_on_reason = choice.name, choice.reason
             reason: str | None = choice.reason
@@ -73,7 +73,7 @@ class ExactDecoding(ModeControl):
             **model_kwargs,
         )
 
-    def _pass_choice(self) -> PassChoice:
+    def pass_choice(self) -> PassChoice:
         """The pass that serves this model, found out once."""
         assembly = self.assembly
         if assembly.pass_choice is None:

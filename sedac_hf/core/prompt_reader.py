@@ -123,10 +123,9 @@ class PromptReader:
         Returns:
             Logits of the last position, `[rows, 1, vocabulary]`, and the cache as it was.
         """
-        given = arguments.get("inputs_embeds")
-        ids = arguments.get("input_ids")
-        count = (ids if given is None else given).shape[1]
-        rows = len(self._first)
+        embedded = "input_ids" not in arguments
+        tokens: Tensor = arguments["inputs_embeds" if embedded else "input_ids"]
+        rows, count = len(self._first), tokens.shape[1]
         following = torch.arange(self.length, self.length + count)[None]
         positions = arguments.get("position_ids", following)
         positions = np.asarray(positions.expand(rows, count).cpu(), np.int64)
@@ -134,10 +133,8 @@ class PromptReader:
         for start in range(0, count, chunk):
             part = slice(start, min(start + chunk, count))
             at = self._place(positions[:, part])
-            states = (
-                self._run.embed(ids[:, part], at.positions) if given is None else given[:, part]
-            )
-            self._read(states, at)
+            given = tokens[:, part]
+            self._read(given if embedded else self._run.embed(given, at.positions), at)
         self.has_read = True
         return CausalLMOutputWithPast(
             logits=self._run.logits(self.last), past_key_values=self._cache

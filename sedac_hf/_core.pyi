@@ -132,6 +132,12 @@ class KvCache:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
+    def shape(self, layer: int) -> tuple[int, int, int]:
+        """Rows, heads and numbers of a head of a layer's K and V.
+
+        Raises:
+            ValueError: If the layer does not exist.
+        """
     def load(self, layer: int, first: int, keys: int, values: int, slots: int) -> None:
         """Take slots from two tensors.
 
@@ -207,7 +213,7 @@ class LayerStack:
         tree: npt.NDArray[np.bool_],
         rotations: list[tuple[FloatArray, FloatArray]],
         start: int,
-        stop: int,
+        stop: int | None,
         threads: int,
     ) -> None:
         """Run the tokens of some rows through some layers.
@@ -224,7 +230,8 @@ class LayerStack:
             tree: Which open nodes each node sees, ``[rows, n, open]``.
             rotations: Cosines and sines ``[rows * n, rotated width]`` of each kind.
             start: First layer.
-            stop: End of the layers.
+            stop: End of the layers. None runs all of them, just as far as K and V of the last, and
+                leaves `states` as they are.
             threads: Threads to use at most.
 
         Raises:
@@ -630,6 +637,7 @@ class AsyncBatchProcessor:
         Returns:
             Tokens, layers, risks, thresholds, confidences, exits, shares skipped, seconds.
         """
+
 def histogram(values: FloatArray, edges: FloatArray) -> npt.NDArray[np.int64]:
     """Counts of values between edges.
 

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from sedac_hf.cli_bench_tables import speed_table, token_table
 from sedac_hf.cli_load import Loaded, let_exits_act, load, seed_everything
+from sedac_hf.cli_pass import run_pass_bench
 from sedac_hf.cli_run import encode_prompt
 from sedac_hf.cli_support import REPOSITORY, Screen, UsageError
 from sedac_hf.evaluation.arms import Arm
@@ -25,7 +26,7 @@ from sedac_hf.evaluation.prompts import load_prompts
 if TYPE_CHECKING:
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["plan_of", "run_benchmark", "show_bench"]
+__all__ = ["plan_of", "run_benchmark", "run_passes", "show_bench"]
 
 
 def run_benchmark(
@@ -66,6 +67,28 @@ def run_benchmark(
     show_bench(report, screen)
     screen.note(f"kept as {kept}")
     return report
+
+
+def run_passes(
+    name: str,
+    *,
+    with_others: bool,
+    base: str | None,
+    rounds: int | None,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    screen: Screen,
+) -> dict[str, Any]:
+    """Time single passes; see `sedac bench --help`."""
+    if with_others:
+        raise UsageError(
+            "--pass goes with --base, --threads, --repeats, --device and --dtype only."
+        )
+    with _threads(threads):
+        return run_pass_bench(
+            name, base=base, rounds=rounds or 20, device=device, dtype=dtype, screen=screen
+        )
 
 
 def plan_of(

@@ -263,6 +263,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         if not self._takes_loop(arguments):
             session.pending = None
             return self.base_lm(**arguments)
+        if session.reader is not None and session.reader.serves(arguments):
+            return session.reader(arguments)
         parts = self.assembly.parts
         if session.cascade is None and not session.drafts:
             return self.shell.run(parts.passes.run_all, **arguments)

@@ -380,6 +380,28 @@ def test_info_tells_what_an_artefact_holds(sedac: Runner, artefact: Path, base: 
     assert "260 documents" in sedac("info", artefact).stdout.replace("\n", " ")
 
 
+def test_info_tells_which_pass_serves_and_why_no_better_one(
+    sedac: Runner, artefact: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in (artefact, base):
+        monkeypatch.delenv("SEDAC_PASS", raising=False)
+        values = parsed(sedac("info", model, "--json"))
+        assert (values["runs_on"], values["runs_on_reason"]) == ("native", None)
+        monkeypatch.setenv("SEDAC_PASS", "modules")
+        values = parsed(sedac("info", model, "--json"))
+        assert values["runs_on"] == "modules"
+        assert "SEDAC_PASS=modules" in values["runs_on_reason"]
+
+
+def test_info_says_that_a_base_elsewhere_was_not_asked(
+    sedac: Runner, artefact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sedac_hf.cli_info.find_base", lambda *_: "someone/somewhere")
+    values = parsed(sedac("info", artefact, "--json"))
+    assert values["runs_on"] is None
+    assert "not at hand" in values["runs_on_reason"]
+
+
 def test_info_tells_a_plain_base_and_the_machine(sedac: Runner, base: Path) -> None:
     assert parsed(sedac("info", base, "--json"))["kind"].startswith("plain base")
     here = parsed(sedac("info", "--json"))

@@ -208,3 +208,27 @@ def test_make_bench_measures_the_core_and_then_the_bundled_artefact() -> None:
     lines = text.split("\nbench:")[1].split("\n\n")[0].splitlines()
     assert "bench --manifest-path" in lines[1]
     assert "sedac_hf bench --quick" in lines[2]
+
+
+def test_passes_are_timed_beside_torch(sedac: Runner, artefact: Path, tmp_path: Path) -> None:
+    options = ("--pass", "--repeats", 1, "--dtype", "bfloat16", "-o", tmp_path / "kept")
+    values = json.loads(sedac("bench", artefact, *options, "--json").stdout)
+    assert [(p["context"], p["nodes"]) for p in values["passes"]] == [
+        (128, nodes) for nodes in (1, 2, 4, 8, 16)
+    ]
+    assert all(p["native_ms"] > 0 < p["torch_ms"] for p in values["passes"])
+    assert all(p["bandwidth_share"] > 0 for p in values["passes"])
+    assert values["dtype"] == "bfloat16"
+    table = sedac("bench", artefact, *options).stdout
+    assert "torch" in table
+    assert values["kernel"] in table
+    assert not (tmp_path / "kept").exists()
+
+
+@pytest.mark.parametrize("other", [("--modes", "plain"), ("--quick",), ("--tokens", 4)])
+def test_passes_go_with_no_option_of_modes(
+    sedac: Runner, artefact: Path, other: tuple[object, ...]
+) -> None:
+    result = sedac("bench", artefact, "--pass", *other)
+    assert result.exit_code == 2
+    assert "--pass goes with" in result.stderr

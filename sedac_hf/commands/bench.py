@@ -37,6 +37,10 @@ def bench(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder that results are kept in.")
     ] = Path("benchmarks/results"),
+    passes: Annotated[
+        bool,
+        typer.Option("--pass", help="Time passes of 1 to 16 tokens instead: native beside torch."),
+    ] = False,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -48,9 +52,29 @@ def bench(
     Modes take turns with base.generate(), with our own loop without exits (plain) and, at batch 1,
     with assistant_early_exit and prompt_lookup_num_tokens. What the loop gains and what exits gain
     are two columns. Without MODEL it measures the artefact of the repository.
-    """
-    from sedac_hf.cli_bench import plan_of, run_benchmark
 
+    With --pass it times single passes of the base at contexts of 128, 1,024 and 8,192, and says
+    what share of the memory's measured bandwidth they reach; --base, --threads, --repeats, --device
+    and --dtype apply.
+    """
+    from sedac_hf.cli_bench import plan_of, run_benchmark, run_passes
+
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if passes:
+        others = (quick, groups, batches, modes, tokens, prompts, uncertified, gguf)
+        timed = run_passes(
+            model or default_artefact(),
+            with_others=any(others),
+            base=base,
+            rounds=repeats,
+            threads=threads,
+            device=device,
+            dtype=dtype,
+            screen=screen,
+        )
+        if as_json:
+            write_json(timed)
+        return
     plan = plan_of(
         quick=quick,
         groups=groups,
@@ -71,7 +95,7 @@ def bench(
         output=output,
         device=device,
         dtype=dtype,
-        screen=Screen(quiet=quiet, as_json=as_json),
+        screen=screen,
     )
     if as_json:
         write_json(report)

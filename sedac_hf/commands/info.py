@@ -10,12 +10,12 @@ __all__ = ["info"]
 
 @reported
 def info(model: Model = None, quiet: Quiet = False, as_json: Json = False) -> None:
-    """Print versions and device, or what an artefact holds and what its certificate says."""
+    """Print versions and device, or what an artefact holds, certifies, and runs on here."""
     from sedac_hf.cli_info import artefact_info, environment_info
     from sedac_hf.cli_tables import info_table
 
     screen = Screen(quiet=quiet, as_json=as_json)
-    values = environment_info() if model is None else artefact_info(model)
+    values = environment_info() if model is None else artefact_info(model, screen)
     if as_json:
         write_json(values)
     else:

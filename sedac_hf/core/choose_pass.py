@@ -20,7 +20,7 @@ from sedac_hf.errors import NotNativeError
 if TYPE_CHECKING:
     from sedac_hf.core.decoder_loop import ExitParts
 
-__all__ = ["PassChoice", "choose_pass"]
+__all__ = ["PassChoice", "choose_pass", "load_into"]
 
 logger = logging.getLogger(__name__)
 
@@ -41,27 +41,27 @@ class PassChoice:
     reason: str
     build: Callable[[ExitParts], RowPass] | None
 
-    def begin(self, parts: ExitParts, cache: Any) -> tuple[RowPass, IntArray]:
-        """Make a pass for one call and let it take over the prompt's cache.
 
-        Args:
-            parts: What exits are made of, as they are for the call.
-            cache: A transformers cache after the prompt.
+def load_into(run: RowPass, parts: ExitParts, cache: Any) -> tuple[RowPass, IntArray]:
+    """Let a pass take over a cache, or another one where it cannot.
 
-        Returns:
-            The pass, and the slots of each row that hold something, `[rows]`.
+    Args:
+        run: The pass of a call.
+        parts: What exits are made of, as they are for the call.
+        cache: A transformers cache after the prompt.
 
-        Raises:
-            CacheError: If nothing can read the cache.
-        """
-        assert self.build is not None
-        run = self.build(parts)
-        try:
-            return run, run.load(cache)
-        except NotNativeError as error:
-            logger.info("This call runs on the base's own modules: %s", error)
-            modules = ModulePass(parts)
-            return modules, modules.load(cache)
+    Returns:
+        The pass, and the slots of each row that hold something, `[rows]`.
+
+    Raises:
+        CacheError: If nothing can read the cache.
+    """
+    try:
+        return run, run.load(cache)
+    except NotNativeError as error:
+        logger.info("This call runs on the base's own modules: %s", error)
+        modules = ModulePass(parts)
+        return modules, modules.load(cache)
 
 
 def choose_pass(parts: ExitParts) -> PassChoice:

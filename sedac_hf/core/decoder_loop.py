@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.probe_inference import ProbeManager
     from sedac_hf.core.recorded_pass import RecordedPass
 
-__all__ = ["DecodeLoop", "ExitParts", "LayerPass"]
+__all__ = ["DecodeLoop", "ExitParts", "LayerPass", "heads_follow"]
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +121,25 @@ class ExitParts:
         head.fill(hidden, call, cache, self.layout.first_layer[k], given)
 
 
+def heads_follow(layout: ExitCache, session: ExitSession, cache: Any) -> bool:
+    """Whether the exit heads have K/V of every position that the base has.
+
+    Args:
+        layout: Where heads keep their K/V; their layers are appended to an empty cache.
+        session: The call; the answer for a cache is remembered in it.
+        cache: A transformers cache.
+    """
+    if session.cache is not cache:
+        session.cache = cache
+        session.in_step = layout.attach(cache)
+        if not session.in_step:
+            logger.warning(
+                "The cache that was given holds positions that the exit heads have not seen, "
+                "so exits stay off. Let generate fill the cache from its beginning."
+            )
+    return session.in_step
+
+
 class DecodeLoop:
     """One forward of generation: whole depth for prompts, exits in decode steps."""
 
@@ -158,26 +177,13 @@ class DecodeLoop:
         parts, session = self._parts, self._session
         session.pending = None
         cache = parts.shell.cache_of(calls[0])
-        if cache is None or not self._in_step(cache):
+        if cache is None or not heads_follow(parts.layout, session, cache):
             return parts.passes.run(hidden, calls, 0, len(calls))
         if hidden.shape[1] > 1 or session.cascade is None:
             return self._prefill(hidden, calls, cache)
         if self._eligible is None and int(cache.get_seq_length()) == 0:
             return self._prefill(hidden, calls, cache)
         return self._decode(hidden, calls, cache)
-
-    def _in_step(self, cache: Any) -> bool:
-        """Whether the exit heads have K/V of every position that the base has."""
-        session = self._session
-        if session.cache is not cache:
-            session.cache = cache
-            session.in_step = self._parts.layout.attach(cache)
-            if not session.in_step:
-                logger.warning(
-                    "The cache that was given holds positions that the exit heads have not seen, "
-                    "so exits stay off. Let generate fill the cache from its beginning."
-                )
-        return session.in_step
 
     def _prefill(self, hidden: Tensor, calls: list[LayerCall], cache: Any) -> Tensor:
         """All layers for all positions; the heads' K/V are filled on the way."""

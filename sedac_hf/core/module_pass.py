@@ -79,7 +79,7 @@ class ModulePass:
                 self._cache.fill(layers, given, length)
         return np.full(rows, length, np.int64)
 
-    def store(self, cache: Any, length: IntArray) -> None:
+    def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """See `RowPass.store`.
 
         Raises:
@@ -88,7 +88,8 @@ class ModulePass:
         start, stop = self._loaded, int(length.max())
         if stop <= start:
             return
-        for i in (i for layers in self._layers.values() for i in layers if i < len(cache.layers)):
+        parts = self._layers if heads else [BASE]
+        for i in (i for k in parts for i in self._layers[k] if i < len(cache.layers)):
             layer = cache.layers[i]
             room = layer.get_max_length()
             if isinstance(layer, StaticLayer) and not layer.is_sliding and stop > room:
@@ -113,6 +114,10 @@ class ModulePass:
         """See `RowPass.head`."""
         calls = self._begin(k, hidden, at)
         return self._parts.apply_head(k, hidden, calls, self._cache, feedback)
+
+    def fill(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> None:
+        """See `RowPass.fill`."""
+        self._parts.fill_head(k, hidden, self._begin(hidden, at), self._cache, feedback)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`."""

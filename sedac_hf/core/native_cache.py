@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from sedac_hf.errors import NotNativeError
@@ -15,7 +14,22 @@ if TYPE_CHECKING:
     from sedac_hf import _core
     from sedac_hf.core.row_pass import IntArray
 
-__all__ = ["append_slots", "load_layer"]
+__all__ = ["append_slots", "check_layer", "load_layer"]
+
+
+def check_layer(layer: Any) -> None:
+    """Refuse a layer whose K/V do not lie in order.
+
+    Args:
+        layer: A layer of a transformers cache.
+
+    Raises:
+        NotNativeError: If it keeps them otherwise.
+    """
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
+        raise NotNativeError(
+            f"a {type(layer).__name__} of the cache cannot be read in place; use a DynamicCache"
+        )
 
 
 def load_layer(own: _core.KvCache, i: int, layer: Any, length: int, dtype: torch.dtype) -> None:
@@ -31,10 +45,7 @@ def load_layer(own: _core.KvCache, i: int, layer: Any, length: int, dtype: torch
     Raises:
         NotNativeError: If the layer keeps its K/V in a way that cannot be read.
     """
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
-        raise NotNativeError(
-            f"a {type(layer).__name__} of the cache cannot be read in place; use a DynamicCache"
-        )
+    check_layer(layer)
     seen = int(layer.get_seq_length())
     if seen == 0 or layer.keys is None:
         return
@@ -67,11 +78,13 @@ def append_slots(
         length: Settled slots of each row, `[rows]`; shorter rows are padded with zeros.
         dtype: Type that `own` keeps.
     """
-    like: Tensor = cache.layers[layer_idx].keys
-    wide: Tensor = cache.layers[layer_idx].values
+    rows, heads, dim = own.shape(i)
     count = int(length.max()) - start
-    keys = torch.zeros((like.shape[0], like.shape[1], count, like.shape[3]), dtype=dtype)
-    values = torch.zeros((*keys.shape[:3], wide.shape[3]), dtype=dtype)
+    keys, values = (torch.zeros((rows, heads, count, dim), dtype=dtype) for _ in range(2))
     slots = np.ascontiguousarray(length, np.int64)
     own.store(i, start, slots, keys.data_ptr(), values.data_ptr(), count)
-    cache.update(keys.to(like), values.to(wide), layer_idx)
+    # An empty layer takes the type of what it is given first.
+    like = cache.layers[layer_idx].keys if layer_idx < len(cache.layers) else None
+    if like is not None:
+        keys, values = keys.to(like), values.to(like)
+    cache.update(keys, values, layer_idx)

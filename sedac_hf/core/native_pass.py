@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.core.native_cache import append_slots, load_layer
+from sedac_hf.core.native_cache import append_slots, check_layer, load_layer
 from sedac_hf.core.native_model import NativeModel, threads
 from sedac_hf.core.row_pass import BASE, IntArray, Placement
 from sedac_hf.errors import NotNativeError
@@ -101,17 +101,29 @@ class NativePass:
         self._caches = [None if stack is None else stack.cache(rows) for stack in stacks]
         self._loaded = np.zeros(rows, np.int64)
 
-    def load(self, cache: Any) -> IntArray:
+    def load(self, cache: Any, rows: int | None = None) -> IntArray:
         """See `RowPass.load`.
+
+        Args:
+            cache: The cache; it is not changed.
+            rows: Rows of an empty cache, to be filled by `store` alone; None if it must hold some.
+
+        Returns:
+            Slots of each row that hold something, padding included, `[rows]`.
 
         Raises:
             NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
         """
         if self._fixed is None:
             self._model.parts(thorough=True)
+        for layer in cache.layers:
+            check_layer(layer)
         length = int(cache.get_seq_length())
         # An empty dynamic layer has not been given its tensors yet.
         keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
+        if rows is not None and length == 0:
+            self.begin(rows)
+            return self._loaded.copy()
         if length == 0 or keys is None:
             raise NotNativeError("the cache is empty; run the prompt through the base first")
         self.begin(int(keys.shape[0]))
@@ -123,15 +135,18 @@ class NativePass:
         self._loaded[:] = length
         return self._loaded.copy()
 
-    def store(self, cache: Any, length: IntArray) -> None:
+    def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """See `RowPass.store`."""
         start = int(self._loaded[0])
         if int(length.max()) <= start:
             return
+        dtype = self._shell.base.dtype
         for part, first, count in self._cache_layers():
+            if part != BASE and not heads:
+                continue
             for i in range(count):
-                if first + i < len(cache.layers):
-                    dtype = self._shell.base.dtype
+                # An empty cache makes its layers as they come; exit heads' are there or not wanted.
+                if part == BASE or first + i < len(cache.layers):
                     append_slots(self._cache(part), i, cache, first + i, start, length, dtype)
         self._loaded[:] = int(length.max())
 
@@ -145,7 +160,7 @@ class NativePass:
     def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
         """See `RowPass.layers`; states come out as float32."""
         parts = self._parts
-        return self._run(parts.base, BASE, hidden, None, at, start, stop, parts)
+        return self._run(parts.base, BASE, hidden, None, at, (start, stop), parts)
 
     def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
         """See `RowPass.head`; states come out as float32."""
@@ -156,7 +171,15 @@ class NativePass:
                 state: Tensor = head(hidden.to(self._shell.base.dtype))
                 return state.float()
         given = feedback if head.spec.feedback else None
-        return self._run(stack, k, hidden, given, at, 0, head.cache_layers, parts)
+        return self._run(stack, k, hidden, given, at, (0, head.cache_layers), parts)
+
+    def fill(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> None:
+        """See `RowPass.fill`."""
+        parts = self._parts
+        stack = parts.heads[k]
+        if stack is not None:
+            given = feedback if self._heads[k].spec.feedback else None
+            self._run(stack, k, hidden, given, at, (0, None), parts)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`; float32."""
@@ -184,8 +207,7 @@ class NativePass:
         hidden: Tensor,
         feedback: Tensor | None,
         at: Placement,
-        start: int,
-        stop: int,
+        span: tuple[int, int | None],
         parts: NativeParts,
     ) -> Tensor:
         width = hidden.shape[-1]
@@ -202,8 +224,7 @@ class NativePass:
             np.ascontiguousarray(at.length, np.int64),
             at.tree,
             parts.rotary.rows(at.positions),
-            start,
-            stop,
+            *span,
             threads(),
         )
         return states.view(hidden.shape)

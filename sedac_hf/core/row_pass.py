@@ -85,12 +85,14 @@ class RowPass(Protocol):
         """
         ...
 
-    def store(self, cache: Any, length: IntArray) -> None:
+    def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """Append to a transformers cache what was settled since `load`.
 
         Args:
             cache: The cache that was loaded.
             length: Settled slots of each row, `[rows]`; shorter rows are padded on the right.
+            heads: Whether the exit heads' parts have followed the base's; if not, their layers are
+                left behind, which later calls notice.
         """
         ...
 
@@ -132,6 +134,17 @@ class RowPass(Protocol):
 
         Returns:
             States for the final norm, same shape.
+        """
+        ...
+
+    def fill(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> None:
+        """Only write the K/V that `head` would write.
+
+        Args:
+            k: Index of the head.
+            hidden: As for `head`.
+            feedback: As for `head`.
+            at: As for `head`.
         """
         ...
 

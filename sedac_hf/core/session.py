@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from sedac_hf.core.cascade_controller import CascadeController
     from sedac_hf.core.observers import ExitWatch, StepObserver
+    from sedac_hf.core.prompt_reader import PromptReader
     from sedac_hf.metrics.call_meter import CallMeter
 
 __all__ = ["ExitSession", "ExitStats", "StepRecord", "active_session", "session_scope"]
@@ -227,6 +228,8 @@ class ExitSession:
         eos_tokens: Ids that end a row, or None.
         settles: Whether the tail of an exited token is run later, so that K/V are the base's own.
         tails: Tails run for settled exits, row by row, each for one token or several.
+        reader: Reads the prompt in place of the base's forward while it is being read; None for the
+            forward itself.
         drafted: Figures of a call in exact mode, None in other modes.
         origins: Where each token of the first row came from: `"head"` or `"lookup"` for an accepted
             draft, else `"base"`. Exact mode only.
@@ -248,6 +251,7 @@ class ExitSession:
     eos_tokens: Tensor | None = None
     settles: bool = False
     tails: int = 0
+    reader: PromptReader | None = None
     drafted: DraftStats | None = None
     origins: list[str] = field(default_factory=list)
     meter: CallMeter | None = None

@@ -1,39 +1,33 @@
 """What a pass of a few tokens costs: the native pass beside the base's own modules in torch.
 
-Run ``python -m sedac_hf.evaluation.pass_bench``. Layers run in groups, and of each group the
-fastest of many rounds counts: other work on the machine rarely spares a whole pass, but often a
-part of one. The sides take turns by rounds. A round goes through all weights, so that each time
-they come from memory where they do not fit into the caches.
+`sedac bench --pass` prints it. Layers run in groups, and of each group the fastest of many rounds
+counts: other work on the machine rarely spares a whole pass, but often a part of one. The sides
+take turns by rounds. A round goes through all weights, so that each time they come from memory
+where they do not fit into the caches.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import Placement
-from sedac_hf.errors import NotNativeError, SedacError
+from sedac_hf.errors import NotNativeError
 
-__all__ = ["PassTiming", "main", "memory_bandwidth", "time_passes"]
+__all__ = ["PassTiming", "memory_bandwidth", "time_passes"]
 
 _GROUP = 3  # layers that are timed together
-_DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -103,7 +97,7 @@ def time_passes(
     weights += base.get_output_embeddings().weight.nbytes
     most = int(getattr(base.config, "max_position_embeddings", 1 << 30))
     found = []
-    for context in (c for c in contexts if c + max(nodes) <= most):
+    for context in (c for c in contexts if c <= most):
         for count in nodes:
             native, held = _native_parts(model, context, count)
             sides = [native]
@@ -179,70 +173,3 @@ def _fastest(sides: Sequence[Sequence[Callable[[], object]]], rounds: int) -> li
                 part()
                 found[i] = min(found[i], time.perf_counter() - start)
     return [sum(found) for found in best]
-
-
-def _table(timings: Sequence[PassTiming], title: str) -> Table:
-    table = Table(title=title)
-    for name in (
-        "context",
-        "tokens",
-        "native, ms",
-        "of one",
-        "bandwidth",
-        "torch, ms",
-        "torch / n",
-    ):
-        table.add_column(name, justify="right")
-    alone: dict[int, float] = {}
-    for timing in timings:
-        one = alone.setdefault(timing.context, timing.native_ms)
-        torch_ms = timing.torch_ms
-        table.add_row(
-            f"{timing.context:,}",
-            str(timing.nodes),
-            f"{timing.native_ms:.2f}",
-            f"{timing.native_ms / one:.2f}x",
-            f"{timing.bandwidth_share:.0%}",
-            "-" if torch_ms is None else f"{torch_ms:.2f}",
-            "-" if torch_ms is None else f"{torch_ms / timing.native_ms:.2f}x",
-        )
-    return table
-
-
-def run(
-    model: Annotated[Path, typer.Argument(help="Folder of a causal LM.")] = Path(
-        ".models/smollm2-135m-instruct"
-    ),
-    dtype: Annotated[str, typer.Option(help="f32, bf16 or f16.")] = "bf16",
-    threads: Annotated[int, typer.Option(help="Threads; 0 for torch's choice.")] = 0,
-    rounds: Annotated[int, typer.Option(help="Rounds of each pass.")] = 20,
-    contexts: Annotated[str, typer.Option(help="Settled positions.")] = "128,1024,8192",
-    nodes: Annotated[str, typer.Option(help="Tokens of a pass.")] = "1,2,4,8,16",
-    with_torch: Annotated[bool, typer.Option("--torch/--no-torch", help="Also torch.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Time passes of a few tokens, natively and through the base's modules."""
-    if dtype not in _DTYPES:
-        raise SedacError(f"dtype {dtype!r} is not known, expected one of {sorted(_DTYPES)}.")
-    if threads > 0:
-        torch.set_num_threads(threads)
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=_DTYPES[dtype])
-    base.eval()
-    counts = [[int(part) for part in text.split(",")] for text in (nodes, contexts)]
-    timings = time_passes(base, *counts, rounds=rounds, with_torch=with_torch)
-    console = Console()
-    if as_json:
-        console.print_json(json.dumps([asdict(timing) for timing in timings]))
-    else:
-        kernel = NativeModel(BaseShell(base)).parts().base.kernel
-        title = f"{model.name}, {dtype}, {torch.get_num_threads()} threads, {kernel}"
-        console.print(_table(timings, title))
-
-
-def main() -> None:
-    """Run the command line."""
-    typer.run(run)
-
-
-if __name__ == "__main__":
-    main()

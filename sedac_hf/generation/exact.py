@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sedac_hf.core.cache_names import cache_in
 from sedac_hf.core.choose_pass import PassChoice, choose_pass
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.exact_call import ExactCall, outcome, rows_behind, why_not
+from sedac_hf.generation.exact_call import ExactCall, outcome, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.head_draft import HeadDraft
 from sedac_hf.generation.head_watch import HeadWatch
+from sedac_hf.generation.prompt import read_prompt
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settled import decode_settled
 from sedac_hf.modes import ModeControl
@@ -53,7 +53,7 @@ class ExactDecoding(ModeControl):
             call = ExactCall(
                 input_ids, logits_processor, stopping_criteria, generation_config, streamer
             )
-            choice = self._pass_choice()
+            choice = self.pass_choice()
             stats = self.exit_stats
             stats.runs_on, stats.runs_on_reason = choice.name, choice.reason
             reason: str | None = choice.reason
@@ -79,7 +79,7 @@ class ExactDecoding(ModeControl):
             **model_kwargs,
         )
 
-    def _pass_choice(self) -> PassChoice:
+    def pass_choice(self) -> PassChoice:
         """The pass that serves this model, found out once."""
         assembly = self.assembly
         if assembly.pass_choice is None:
@@ -94,25 +94,17 @@ class ExactDecoding(ModeControl):
         call: ExactCall,
         model_kwargs: dict[str, Any],
     ) -> Any:
-        """Prompt by the ordinary forward, then cycles of drafting and verifying."""
-        model: Any = self
+        """Read the prompt, then run cycles of drafting and verifying."""
         session.drafts = bool(len(self.exit_heads))
-        session.prompt_length = call.input_ids.shape[1]
-        outputs = model._prefill(call.input_ids, call.config, model_kwargs)
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        logits = outputs.logits[:, -1].to(copy=True, dtype=torch.float32)
-        del outputs
-        cache = cache_in(model_kwargs)
         parts = self.assembly.parts
         parts = replace(parts, draft=parts.draft.extended(call.input_ids))
-        run, length = choice.begin(parts, cache)
-        state = rows_behind(model_kwargs, length)
+        prompt = read_prompt(self, session, choice, call, model_kwargs, parts)
+        run, state, last = prompt.run, prompt.state, prompt.last
         texts = RowTexts(
             call.input_ids, call.criteria, call.config, call.streamer, state.first, session.origins
         )
         sample = bool(call.config.do_sample)
         chooser = TokenChooser(call.own_processors, sample, state.rows)
-        last = self._last_state(cache, state.rows)
         head = None
         governors = self.assembly.governors
         k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
@@ -121,25 +113,21 @@ class ExactDecoding(ModeControl):
             head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch)
         depth = self.shell.num_layers
         governor = governors.find(run, depth, state, head)
-        returned = bool(call.config.return_dict_in_generate)
-        stores = returned or bool(getattr(cache, "_is_user_defined", False))
+        keeps = prompt.stores and session.in_step
         loop = ExactLoop(
             run, depth, state, texts, chooser, head, governor,
-            keeps_states=stores, meter=session.meter,
+            keeps_states=keeps, meter=session.meter,
         )  # fmt: skip
-        loop.begin(logits)
+        loop.begin(prompt.logits)
         loop.decode()
         texts.end()
         session.drafted = loop.stats
         session.drafted.chains_reason = "" if run.holds_trees else choice.reason
         session.drafted.choices = governors.to_dict()
-        if stores:
-            if head is not None:
-                states = loop.catch_up([each.spec for each in parts.heads], last)
-                if parts.layout.has_feedback and states.shape[1]:
-                    parts.layout.push_states(cache, states)
-            run.store(cache, state.length)
-        return outcome(texts, call, model_kwargs)
+        if prompt.stores:
+            specs = [each.spec for each in parts.heads]
+            prompt.store(loop.catch_up(specs, last) if keeps else last[:, :0])
+        return outcome(texts, call, prompt.model_kwargs)
 
     def _head_watch(self, session: ExitSession, run: RowPass, k: int) -> HeadWatch | None:
         """Holds the drafting head's exits against verified tokens, where somebody wants to know."""
@@ -147,14 +135,3 @@ class ExactDecoding(ModeControl):
             return None
         rule = session.watch.cascade.config
         return HeadWatch(run, self.assembly.parts, k, rule, session.watch)
-
-    def _last_state(self, cache: Any, rows: int) -> Tensor:
-        """Final-layer state of the prompt's end, `[rows, 1, width]`; zeros if it is not kept."""
-        shell = self.shell
-        width = int(shell.base.config.hidden_size)
-        like = torch.zeros((rows, 1, width), dtype=shell.base.dtype, device=shell.input_device)
-        layout = self.assembly.parts.layout
-        session = active_session(self)
-        if not layout.has_feedback or session is None or not session.in_step:
-            return like
-        return layout.last_state(cache, like)

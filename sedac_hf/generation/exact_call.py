@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sedac_hf.generation.row_texts import RowTexts
 
-__all__ = ["ExactCall", "outcome", "rows_behind", "why_not"]
+__all__ = ["ExactCall", "outcome", "padding_of", "rows_behind", "why_not"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -78,6 +78,16 @@ def why_not(call: ExactCall, model_kwargs: dict[str, Any]) -> str | None:
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
+def padding_of(model_kwargs: dict[str, Any]) -> IntArray | None:
+    """First slot of each row that is no padding, `[rows]`; None without a mask.
+
+    Args:
+        model_kwargs: What transformers carries from step to step.
+    """
+    mask = model_kwargs.get("attention_mask")
+    return None if mask is None else _padding(mask)
+
+
 def rows_behind(model_kwargs: dict[str, Any], length: IntArray) -> RowState:
     """Where the rows stand behind the prompt.
 
@@ -85,8 +95,7 @@ def rows_behind(model_kwargs: dict[str, Any], length: IntArray) -> RowState:
         model_kwargs: What transformers carries from step to step, the next step prepared.
         length: Slots that the prompt takes, `[rows]`.
     """
-    mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-    padding = None if mask is None else _padding(mask)
+    positions, padding = model_kwargs.get("position_ids"), padding_of(model_kwargs)
     first = np.zeros_like(length) if padding is None else padding
     following = length - first
     if positions is not None:

@@ -233,7 +233,7 @@ class ExactLoop:
             if spec.layer_idx >= layer:
                 hidden = self._run.layers(hidden, at, layer, spec.layer_idx + 1)
                 layer = spec.layer_idx + 1
-            self._run.head(k, hidden, feedback if spec.feedback else None, at)
+            self._run.fill(k, hidden, feedback if spec.feedback else None, at)
         return states
 
     def _settled_states(self, new: IntArray, last: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.core.row_pass import Placement, RowPass
     from sedac_hf.generation.row_state import RowState
 
 __all__ = ["HeadQueue", "OpenNodes"]
@@ -53,14 +53,23 @@ class HeadQueue:
 
     def flush(self) -> Tensor:
         """Run the head on all that wait; the last one's state, `[rows, 1, width]`."""
+        hidden, before, at = self._take()
+        return self._run.head(self._k, hidden, before, at)[:, -1:]
+
+    def fill(self) -> None:
+        """Let the head have seen all that wait; nobody asks for its states."""
+        hidden, before, at = self._take()
+        self._run.fill(self._k, hidden, before, at)
+
+    def _take(self) -> tuple[Tensor, Tensor | None, Placement]:
         count, rows = len(self._hidden), self._state.rows
         steps = np.tile(np.arange(count), (rows, 1))
         at = self._state.place(steps, _chain(rows, 0, count), self._length)
         before = torch.cat(self._before, dim=1) if self._feeds else None
-        states = self._run.head(self._k, torch.cat(self._hidden, dim=1), before, at)
+        hidden = torch.cat(self._hidden, dim=1)
         self._hidden, self._before = [], []
         self._length = self._length + count
-        return states[:, -1:]
+        return hidden, before, at
 
 
 class OpenNodes:

@@ -112,7 +112,7 @@ class SettleLoop:
             self._finish()
         for queue in self._queues:
             if len(queue):
-                queue.flush()
+                queue.fill()
         return torch.cat([self._last[:, :0], *(self._outputs or [])], dim=1)
 
     def _step(self) -> tuple[Tensor, StepRecord]:
@@ -130,7 +130,7 @@ class SettleLoop:
             if step.tries(k, hidden):
                 step.leave(k, self._queues[k].flush())
             elif len(self._queues[k]) >= _MAX_QUEUE:
-                self._queues[k].flush()
+                self._queues[k].fill()
             if step.all_left:
                 break
         if self._audit is not None:

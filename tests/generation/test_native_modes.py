@@ -135,11 +135,11 @@ def test_sampling_draws_the_same_tokens_as_the_base() -> None:
 
 def test_the_pass_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap(build_tiny("llama"), {-1: "feedback"})
-    choice = model._pass_choice()
+    choice = model.pass_choice()
     assert (choice.name, choice.reason) == ("native", "")
     assert choice.build is not None
     run: RowPass = choice.build(model.assembly.parts)
     assert isinstance(run, NativePass)
     monkeypatch.setenv("SEDAC_PASS", "modules")
     model._assembly = None
-    assert model._pass_choice().name == "modules"
+    assert model.pass_choice().name == "modules"

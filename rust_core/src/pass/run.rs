@@ -46,6 +46,7 @@ struct Call<'a> {
     feedback: Option<&'a [f32]>,
     tokens: Tokens<'a>,
     layers: Range<usize>,
+    fills: bool,
     buffers: Buffers<'a>,
     result: Shared<'a>,
     count: usize,
@@ -66,6 +67,7 @@ pub(super) fn run(
     cache: &RowCache,
     tokens: Tokens<'_>,
     layers: Range<usize>,
+    fills: bool,
     threads: usize,
 ) -> Result<()> {
     let Tokens { states, feedback, at, rotations } = tokens;
@@ -92,7 +94,8 @@ pub(super) fn run(
     let result = Shared::new(states);
     let tokens = Tokens { states: &mut [], feedback, at, rotations };
     let shares = 8 * layers.len() + 2;
-    let call = Call { stack, cache, feedback, tokens, layers, buffers, result, count, width };
+    let call =
+        Call { stack, cache, feedback, tokens, layers, fills, buffers, result, count, width };
     threads::run(threads, shares, &|team: &Team<'_>| call.run(team, &initial))
 }
 
@@ -108,6 +111,9 @@ impl Call<'_> {
         self.mix(team, &mut own)?;
         for index in self.layers.clone() {
             let layer = &self.stack.layers()[index];
+            if self.fills && index + 1 == self.layers.end {
+                return self.keys_and_values(team, &mut own, index, layer, None);
+            }
             self.attend(team, &mut own, index, layer)?;
             self.gated_unit(team, &mut own, layer)?;
         }
@@ -139,16 +145,7 @@ impl Call<'_> {
 
     fn attend(&self, team: &Team<'_>, own: &mut Own, index: usize, layer: &Layer) -> Step {
         let buffers = &self.buffers;
-        self.pack(own, layer.norms.before_attention.as_ref(), layer.float());
-        for (linear, to) in [
-            (&layer.query, buffers.queries),
-            (&layer.key, buffers.keys),
-            (&layer.value, buffers.values),
-        ] {
-            self.linear(team, linear, &own.inputs, to);
-        }
-        team.wait()?;
-        team.share(self.count, 1, |tokens| tokens.for_each(|t| self.place(index, layer, t)));
+        self.keys_and_values(team, own, index, layer, Some(&layer.query))?;
         team.wait()?;
         self.blocks(team, own, index, layer);
         team.wait()?;
@@ -156,6 +153,33 @@ impl Call<'_> {
         self.linear(team, &layer.output, &own.inputs, buffers.added);
         team.wait()?;
         self.add(own, layer.norms.after_attention.as_ref());
+        Ok(())
+    }
+
+    /// K and V of all tokens into the cache; queries, where their projection is given, on the way.
+    fn keys_and_values(
+        &self,
+        team: &Team<'_>,
+        own: &mut Own,
+        index: usize,
+        layer: &Layer,
+        query: Option<&Linear>,
+    ) -> Step {
+        let buffers = &self.buffers;
+        self.pack(own, layer.norms.before_attention.as_ref(), layer.float());
+        let rest = [(&layer.key, buffers.keys), (&layer.value, buffers.values)];
+        for (linear, to) in query.map(|query| (query, buffers.queries)).into_iter().chain(rest) {
+            self.linear(team, linear, &own.inputs, to);
+        }
+        team.wait()?;
+        team.share(self.count, 1, |tokens| {
+            for token in tokens {
+                if query.is_some() {
+                    self.turn_queries(layer, token);
+                }
+                self.place(index, layer, token);
+            }
+        });
         Ok(())
     }
 
@@ -261,20 +285,24 @@ impl Call<'_> {
         }
     }
 
-    /// Norms and turns queries and keys of one token, and puts K and V into the cache.
+    /// Norms and turns the queries of one token.
+    fn turn_queries(&self, layer: &Layer, token: usize) {
+        let rotation = layer.rotation.map(|kind| &self.tokens.rotations[kind]);
+        let width = layer.query_heads() * layer.shape.dim;
+        // SAFETY: the token is this thread's; the products are behind a barrier.
+        let queries = unsafe { self.buffers.queries.part(token * width, width) };
+        prepare(queries, layer.shape.dim, layer.query_norm.as_ref(), rotation, token);
+    }
+
+    /// Norms and turns the keys of one token, and puts K and V into the cache.
     fn place(&self, index: usize, layer: &Layer, token: usize) {
         let (shape, at) = (layer.shape, self.tokens.at);
         let rotation = layer.rotation.map(|kind| &self.tokens.rotations[kind]);
-        let (width, kv) = (layer.query_heads() * shape.dim, shape.heads * shape.dim);
-        // SAFETY: the token is this thread's; the products are behind a barrier.
-        let (queries, keys, values) = unsafe {
-            (
-                self.buffers.queries.part(token * width, width),
-                self.buffers.keys.part(token * kv, kv),
-                self.buffers.values.part(token * kv, kv),
-            )
+        let kv = shape.heads * shape.dim;
+        // SAFETY: as above.
+        let (keys, values) = unsafe {
+            (self.buffers.keys.part(token * kv, kv), self.buffers.values.part(token * kv, kv))
         };
-        prepare(queries, shape.dim, layer.query_norm.as_ref(), rotation, token);
         prepare(keys, shape.dim, layer.key_norm.as_ref(), rotation, token);
         let (row, node) = (token / at.nodes, token % at.nodes);
         let slot = at.length[row] + at.open - at.nodes + node;

@@ -102,12 +102,31 @@ impl Stack {
         layers: std::ops::Range<usize>,
         threads: usize,
     ) -> Result<()> {
+        self.start(cache, tokens, layers, false, threads)
+    }
+
+    /// Runs the tokens just as far as K and V of the last layer; the states are left as they are.
+    ///
+    /// # Errors
+    /// As for [`Stack::run`].
+    pub fn fill(&self, cache: &mut RowCache, tokens: Tokens<'_>, threads: usize) -> Result<()> {
+        self.start(cache, tokens, 0..self.layers.len(), true, threads)
+    }
+
+    fn start(
+        &self,
+        cache: &mut RowCache,
+        tokens: Tokens<'_>,
+        layers: std::ops::Range<usize>,
+        fills: bool,
+        threads: usize,
+    ) -> Result<()> {
         self.check(cache, &tokens, &layers)?;
         if tokens.states.is_empty() || (layers.is_empty() && self.mix.is_none()) {
             return Ok(());
         }
         cache.reserve(layers.clone(), &tokens.at.slots());
-        run::run(self, cache, tokens, layers, threads)
+        run::run(self, cache, tokens, layers, fills, threads)
     }
 
     fn check(

@@ -142,6 +142,16 @@ impl KvCache {
         self.0.bytes()
     }
 
+    /// Rows, heads and numbers of a head of a layer's K and V.
+    fn shape(&self, layer: usize) -> PyResult<(usize, usize, usize)> {
+        if layer >= self.0.layers() {
+            let found = layer as f64;
+            return Err(CoreError::value("layer", "a layer of the cache", found).into());
+        }
+        let shape = self.0.shape(layer);
+        Ok((self.0.rows(), shape.heads, shape.dim))
+    }
+
     /// Takes slots `first` to `first + slots - 1` of a layer from tensors `[rows, heads, slots, dim]`.
     fn load(
         &mut self,
@@ -235,7 +245,8 @@ impl LayerStack {
         KvCache(self.0.cache(rows))
     }
 
-    /// Runs tokens through some layers; `states` are replaced by what comes out.
+    /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` all
+    /// layers are run, just as far as K and V of the last; `states` are left as they are.
     #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads))]
     #[allow(clippy::too_many_arguments)]
     fn run(
@@ -249,7 +260,7 @@ impl LayerStack {
         tree: PyReadonlyArray3<'_, bool>,
         rotations: Vec<RotationArgs<'_>>,
         start: usize,
-        stop: usize,
+        stop: Option<usize>,
         threads: usize,
     ) -> PyResult<()> {
         let tree = tree.as_array();
@@ -278,7 +289,10 @@ impl LayerStack {
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;
         let tokens = Tokens { states, feedback, at: &at, rotations: &turned };
-        Ok(py.detach(|| self.0.run(cache, tokens, start..stop, threads))?)
+        Ok(py.detach(|| match stop {
+            Some(stop) => self.0.run(cache, tokens, start..stop, threads),
+            None => self.0.fill(cache, tokens, threads),
+        })?)
     }
 
     fn __repr__(&self) -> String {

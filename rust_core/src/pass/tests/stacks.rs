@@ -69,13 +69,26 @@ impl Model {
         positions: &[usize],
         threads: usize,
     ) -> Vec<Vec<f32>> {
+        self.call(cache, at, tokens, positions, |cache, call| {
+            self.stack.run(cache, call, 0..2, threads).unwrap();
+        })
+    }
+
+    /// Hands nodes to the stack; what becomes of their states.
+    fn call(
+        &self,
+        cache: &mut RowCache,
+        at: &Placement,
+        tokens: &[u64],
+        positions: &[usize],
+        work: impl FnOnce(&mut RowCache, Tokens<'_>),
+    ) -> Vec<Vec<f32>> {
         let mut states: Vec<f32> =
             tokens.iter().flat_map(|&token| values(WIDTH, 1000 + token)).collect();
         let angles = positions.iter().flat_map(|&p| (0..4).map(move |i| p as f32 * 0.3 + i as f32));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
         let rotations = [Rotation { cos: &cos, sin: &sin, width: 4 }];
-        let call = Tokens { states: &mut states, feedback: None, at, rotations: &rotations };
-        self.stack.run(cache, call, 0..2, threads).unwrap();
+        work(cache, Tokens { states: &mut states, feedback: None, at, rotations: &rotations });
         states.chunks_exact(WIDTH).map(<[f32]>::to_vec).collect()
     }
 }
@@ -229,6 +242,24 @@ fn kv_that_goes_out_and_comes_back_is_the_same() {
         let at = chain(0, 20, 1);
         let expected = model.run(&mut cache, &at, &[5], &[20], 1);
         assert_eq!(bits(&model.run(&mut other, &at, &[5], &[20], 1)), bits(&expected));
+    }
+}
+
+#[test]
+fn filling_writes_the_kv_that_running_writes() {
+    for model in models(Some(5)) {
+        let tokens: Vec<u64> = (0..20).collect();
+        let positions: Vec<usize> = (0..20).collect();
+        let (mut run, mut filled) = (model.stack.cache(1), model.stack.cache(1));
+        let states = model.run(&mut run, &chain(0, 0, 20), &tokens, &positions, 2);
+        let untouched = model.call(&mut filled, &chain(0, 0, 20), &tokens, &positions, |c, t| {
+            model.stack.fill(c, t, 2).unwrap();
+        });
+        assert_ne!(bits(&untouched), bits(&states));
+        let at = chain(0, 20, 3);
+        let expected = model.run(&mut run, &at, &[5, 6, 7], &[20, 21, 22], 1);
+        let found = model.run(&mut filled, &at, &[5, 6, 7], &[20, 21, 22], 1);
+        assert_eq!(bits(&found), bits(&expected));
     }
 }
 

@@ -52,11 +52,11 @@ class ChainPass(ModulePass):
             self._used[part] = int(length.max())
         return length
 
-    def store(self, cache: Any, length: IntArray) -> None:
+    def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """See `RowPass.store`."""
         for part, offsets in self._offsets.items():
             self._align(part, np.zeros_like(offsets))
-        super().store(cache, length)
+        super().store(cache, length, heads=heads)
 
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
         """See `RowPass.embed`."""

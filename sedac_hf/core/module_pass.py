@@ -117,7 +117,8 @@ class ModulePass:
 
     def fill(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> None:
         """See `RowPass.fill`."""
-        self._parts.fill_head(k, hidden, self._begin(hidden, at), self._cache, feedback)
+        calls = self._begin(k, hidden, at)
+        self._parts.fill_head(k, hidden, calls, self._cache, feedback)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`."""

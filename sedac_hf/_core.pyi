@@ -230,8 +230,8 @@ class LayerStack:
             tree: Which open nodes each node sees, ``[rows, n, open]``.
             rotations: Cosines and sines ``[rows * n, rotated width]`` of each kind.
             start: First layer.
-            stop: End of the layers. None runs all of them, just as far as K and V of the last, and
-                leaves `states` as they are.
+            stop: End of the layers. None runs just as far as K and V of the last one, and leaves
+                `states` as they are.
             threads: Threads to use at most.
 
         Raises:

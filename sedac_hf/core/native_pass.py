@@ -162,6 +162,16 @@ class NativePass:
         parts = self._parts
         return self._run(parts.base, BASE, hidden, None, at, (start, stop), parts)
 
+    def fill_last(self, hidden: Tensor, at: Placement) -> None:
+        """Write the K/V of the base's last layer, and nothing more.
+
+        Args:
+            hidden: States before that layer, `[rows, n, width]`.
+            at: Where the nodes stand.
+        """
+        parts = self._parts
+        self._run(parts.base, BASE, hidden, None, at, (self.num_layers - 1, None), parts)
+
     def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
         """See `RowPass.head`; states come out as float32."""
         parts = self._parts

@@ -88,10 +88,11 @@ class PromptReader:
         self.length = int(run.load(cache, rows).max(initial=0))
         self._cache = cache
         self._first = np.zeros(rows, np.int64) if first is None else first
-        self._keeps_states = keeps_states and parts.layout.has_feedback
+        self._feeds = follows and parts.layout.has_feedback
+        self._keeps_states = keeps_states and self._feeds
         width = int(parts.shell.base.config.hidden_size)
         self.last = torch.zeros((rows, 1, width))
-        if follows and parts.layout.has_feedback:
+        if self._feeds:
             self.last = parts.layout.last_state(cache, self.last).float()
 
     @property
@@ -156,13 +157,21 @@ class PromptReader:
             hidden = run.layers(hidden, at, layer, head.layer_idx + 1)
             layer = head.layer_idx + 1
             waiting.append(hidden)
-        final = run.layers(hidden, at, layer, depth)
-        if waiting:
+        if self._feeds or layer == depth:
+            final = run.layers(hidden, at, layer, depth)
+        else:
+            # Nobody asks for final states but the last one's.
+            hidden = run.layers(hidden, at, layer, depth - 1)
+            run.fill_last(hidden, at)
+            end = Placement(at.first, at.length, at.positions[:, -1:], at.tree[:, -1:])
+            final = run.layers(hidden[:, -1:], end, depth - 1, depth)
+        feedback = None
+        if self._feeds:
             # A text's first token has no predecessor.
             follows = torch.from_numpy(at.slots > self._first[:, None]).unsqueeze(-1)
             feedback = torch.cat([self.last, final[:, :-1]], dim=1) * follows
-            for k, states in enumerate(waiting):
-                run.fill(k, states, feedback, at)
+        for k, states in enumerate(waiting):
+            run.fill(k, states, feedback, at)
         if self._keeps_states:
             self.states.append(final)
         self.last = final[:, -1:].clone()

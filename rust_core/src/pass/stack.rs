@@ -105,12 +105,19 @@ impl Stack {
         self.start(cache, tokens, layers, false, threads)
     }
 
-    /// Runs the tokens just as far as K and V of the last layer; the states are left as they are.
+    /// Runs the tokens from layer `first` on, just as far as K and V of the last layer; the states
+    /// are left as they are.
     ///
     /// # Errors
     /// As for [`Stack::run`].
-    pub fn fill(&self, cache: &mut RowCache, tokens: Tokens<'_>, threads: usize) -> Result<()> {
-        self.start(cache, tokens, 0..self.layers.len(), true, threads)
+    pub fn fill(
+        &self,
+        cache: &mut RowCache,
+        tokens: Tokens<'_>,
+        first: usize,
+        threads: usize,
+    ) -> Result<()> {
+        self.start(cache, tokens, first..self.layers.len(), true, threads)
     }
 
     fn start(

@@ -245,8 +245,8 @@ impl LayerStack {
         KvCache(self.0.cache(rows))
     }
 
-    /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` all
-    /// layers are run, just as far as K and V of the last; `states` are left as they are.
+    /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` they
+    /// are run just as far as K and V of the last layer; `states` are left as they are.
     #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads))]
     #[allow(clippy::too_many_arguments)]
     fn run(
@@ -291,7 +291,7 @@ impl LayerStack {
         let tokens = Tokens { states, feedback, at: &at, rotations: &turned };
         Ok(py.detach(|| match stop {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),
-            None => self.0.fill(cache, tokens, threads),
+            None => self.0.fill(cache, tokens, start, threads),
         })?)
     }
 

@@ -253,7 +253,7 @@ fn filling_writes_the_kv_that_running_writes() {
         let (mut run, mut filled) = (model.stack.cache(1), model.stack.cache(1));
         let states = model.run(&mut run, &chain(0, 0, 20), &tokens, &positions, 2);
         let untouched = model.call(&mut filled, &chain(0, 0, 20), &tokens, &positions, |c, t| {
-            model.stack.fill(c, t, 2).unwrap();
+            model.stack.fill(c, t, 0, 2).unwrap();
         });
         assert_ne!(bits(&untouched), bits(&states));
         let at = chain(0, 20, 3);

@@ -23,6 +23,7 @@ import torch
 from sedac_hf.calibration import DualMetricCalibration, OnlineCalibration, RiskHistograms
 from sedac_hf.calibration.fit_settings import FitSettings
 from sedac_hf.calibration.fitting import fit
+from sedac_hf.calibration.safe_rules import with_thresholds
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.errors import CalibrationError, ConfigError
@@ -48,7 +49,7 @@ Write = Callable[..., torch.Tensor]
 
 @pytest.fixture(scope="module")
 def artefact(micro_model: MicroModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Fitted on chains alone."""
+    """Fitted on chains alone; its certificate walks from stricter thresholds to those it chose."""
     rng = np.random.default_rng(5)
     letters = "abcde"[:CHAIN_LENGTH]
     texts = [
@@ -56,7 +57,7 @@ def artefact(micro_model: MicroModel, tmp_path_factory: pytest.TempPathFactory) 
         for _ in range(260)
     ]
     output = tmp_path_factory.mktemp("online") / "artefact"
-    fit(
+    model, _ = fit(
         micro_model.model,
         texts,
         tokenizer=micro_model.tokenizer,
@@ -64,6 +65,16 @@ def artefact(micro_model: MicroModel, tmp_path_factory: pytest.TempPathFactory) 
         settings=SETTINGS,
         progress=False,
     )
+    assert model.certificate is not None
+    first = model.certificate.walk[0]
+    stricter = {each.layer_idx: each.threshold / 2 for each in first.policy.cascade.layers}
+    safer = replace(first.policy, cascade=with_thresholds(first.policy.cascade, stricter))
+    walked = replace(
+        model.certificate,
+        walk=(replace(first, policy=safer), *model.certificate.walk),
+        accepted=model.certificate.accepted + 1,
+    )
+    model.save_pretrained(output, tokenizer=micro_model.tokenizer, certificate=walked)
     return output
 
 

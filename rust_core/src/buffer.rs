@@ -108,7 +108,7 @@ impl TensorBuffer {
         owner: impl Owner + 'static,
     ) -> Result<Self> {
         let is_empty = shape.contains(&0);
-        if !is_empty && (address == 0 || address % element.size() != 0) {
+        if !is_empty && (address == 0 || !address.is_multiple_of(element.size())) {
             return Err(CoreError::Layout {
                 name: "tensor",
                 expected: "an address that is a multiple of the element's size",

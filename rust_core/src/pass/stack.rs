@@ -173,7 +173,7 @@ impl Stack {
             };
             check_length("cos", rotation.cos.len(), count * rotation.width, "tokens times width")?;
             check_length("sin", rotation.sin.len(), count * rotation.width, "tokens times width")?;
-            if rotation.width % 2 != 0 || rotation.width > layer.shape.dim {
+            if !rotation.width.is_multiple_of(2) || rotation.width > layer.shape.dim {
                 let found = rotation.width as f64;
                 return Err(CoreError::value("cos", "even and within a head", found));
             }

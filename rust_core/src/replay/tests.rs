@@ -32,7 +32,7 @@ impl Data {
             risk,
             probability: spread(11, 97),
             delta_nll: spread(13, 89).iter().map(|v| v - 0.3).collect(),
-            eligible: (0..tokens).map(|i| i % 5 != 0).collect(),
+            eligible: (0..tokens).map(|i: usize| !i.is_multiple_of(5)).collect(),
             doc_offsets,
         }
     }

@@ -6,10 +6,10 @@ transformers. The Auto classes of transformers know the model as soon as both ar
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sedac_hf.errors import SedacError
+from sedac_hf.lazy_names import lazy_names
 from sedac_hf.registration import register_when_used
 
 if TYPE_CHECKING:
@@ -34,25 +34,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "SedacConfig": "sedac_hf.config",
-    "SedacForCausalLM": "sedac_hf.modeling",
-    "benchmark": "sedac_hf.evaluation.benchmark",
-    "calibrate": "sedac_hf.calibration.recalibration",
-    "evaluate": "sedac_hf.evaluation.perplexity",
-    "fit": "sedac_hf.calibration.fitting",
+    "SedacConfig": "config",
+    "SedacForCausalLM": "modeling",
+    "benchmark": "evaluation.benchmark",
+    "calibrate": "calibration.recalibration",
+    "evaluate": "evaluation.perplexity",
+    "fit": "calibration.fitting",
 }
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)
 
 
 register_when_used()

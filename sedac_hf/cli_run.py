@@ -24,7 +24,7 @@ from sedac_hf.cli_texts import documents_for
 from sedac_hf.cli_trace import TraceStreamer, legend
 from sedac_hf.evaluation import prompts as prompt_files
 from sedac_hf.evaluation.benchmark import SpeedResult, benchmark
-from sedac_hf.evaluation.perplexity import paired_perplexity
+from sedac_hf.evaluation.perplexity import exits_act, paired_perplexity
 from sedac_hf.evaluation.report import build_report, save_report
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ def measure(
             f"some: sedac fit {loaded.name} -o OUT."
         )
     mode = mode or model.config.mode
-    exits = mode == "certified" and model.cascade is not None and not model.exits_off_reason
+    exits = exits_act(model, mode)
     if mode == "certified" and not exits:
         reason = model.exits_off_reason or "no policy is certified for this model."
         screen.note(f"exits stay off in certified mode: {reason}")

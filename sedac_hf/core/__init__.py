@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sedac_hf.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from sedac_hf.core.cascade_config import CascadeConfig, LayerConfig
@@ -11,13 +12,10 @@ if TYPE_CHECKING:
 
 __all__ = ["CascadeConfig", "CascadeController", "LayerConfig"]
 
+_HOMES = {
+    "CascadeConfig": "cascade_config",
+    "CascadeController": "cascade_controller",
+    "LayerConfig": "cascade_config",
+}
 
-def __getattr__(name: str) -> Any:
-    # Loaded when first used, so that light submodules stay light.
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("sedac_hf.core.cascade_controller"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

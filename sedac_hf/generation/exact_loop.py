@@ -141,16 +141,19 @@ class ExactLoop:
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
         self._governor.end(cycle, [trees[row] for row in rows], paths)
         self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
-        drafts, tokens, sources = 0, [], []
+        drafts, sources = 0, []
         for row, path in zip(rows, paths, strict=True):
             tree = trees[row]
             real = [d for d, o in zip(tree.depths, tree.origins, strict=True) if o != BLANK]
             origins = [tree.origins[node] for node in path[1:]]
             self.stats.add_tree(max(real), [NAMES[origin] for origin in origins])
             drafts += len(real) - 1
-            tokens.append([*(tree.tokens[node] for node in path[1:]), int(found.roots[row])])
             sources.append([*origins, ROOT])
         if self._meter is not None:
+            tokens = [
+                [*(trees[row].tokens[node] for node in path[1:]), int(found.roots[row])]
+                for row, path in zip(rows, paths, strict=True)
+            ]
             self._meter.gained(tokens, sources, drafts)
 
     def _draft(

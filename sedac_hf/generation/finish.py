@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.session import ExitSession, ExitStats, StepRecord
+from sedac_hf.generation.row_ends import rows_going
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["finish_generation", "finish_off"]
 
 IntArray = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> None:
@@ -51,18 +53,18 @@ def finish_generation(result: Any, session: ExitSession, stats: ExitStats) -> No
     is_output = not isinstance(result, Tensor)
     sequences: Tensor = result.sequences if is_output else result
     new = sequences[:, session.prompt_length :]
-    if meter is not None and meter.live and new.shape[1]:
-        meter.release(new[:, -1], session.eos_tokens)
     beams: Tensor | None = getattr(result, "beam_indices", None)
     # Rows of the records are those of the batch, or its beams; the output may hold fewer.
     if session.records[0].layers.shape[0] == new.shape[0]:
-        real: npt.NDArray[np.bool_] | None = _before_end(new, session.eos_tokens)
+        real: Mask | None = rows_going(new, session.eos_tokens)[:, :-1]
         records = session.records[: new.shape[1]]
     else:
         real, records = None, session.records
     _count(records, real, stats)
     if meter is not None and not meter.live:
         meter.afterwards(records, new.numpy(force=True).astype(np.int64), real)
+    elif meter is not None and real is not None and new.shape[1]:
+        meter.release(new[:, -1], real[:, -1])
     if is_output:
         layers = _layers_of_rows(session.records, new.shape, beams, stats.depth)
         result["exit_layers"] = torch.from_numpy(layers)
@@ -95,7 +97,8 @@ def finish_off(
         ends = next((end for end in found if end is not None), None)
     sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
     new = sequences[:, start:]
-    real = _before_end(new, None if ends is None else torch.as_tensor(ends).flatten())
+    ending = None if ends is None else torch.as_tensor(ends).flatten()
+    real = rows_going(new, ending)[:, :-1]
     meter.all_at_once(new.numpy(force=True).astype(np.int64), real)
     meter.end()
 
@@ -105,26 +108,16 @@ def _finish_exact(result: Any, session: ExitSession, stats: ExitStats) -> None:
     sequences: Tensor = result if isinstance(result, Tensor) else result.sequences
     new = sequences[:, session.prompt_length :]
     full = np.full(tuple(new.shape), stats.depth, np.int64)
-    real = full[_before_end(new, session.eos_tokens)]
+    real = full[rows_going(new, session.eos_tokens)[:, :-1]]
     stats.add(real, np.zeros((len(real), len(stats.exits_by_layer)), np.bool_))
     if not isinstance(result, Tensor):
         result["exit_layers"] = torch.from_numpy(full)
 
 
-def _count(
-    records: Sequence[StepRecord], real: npt.NDArray[np.bool_] | None, stats: ExitStats
-) -> None:
+def _count(records: Sequence[StepRecord], real: Mask | None, stats: ExitStats) -> None:
     for step, record in enumerate(records):
         rows = slice(None) if real is None else real[:, step]
         stats.add(record.layers[rows], record.tries[rows])
-
-
-def _before_end(new: Tensor, eos_tokens: Tensor | None) -> npt.NDArray[np.bool_]:
-    """Whether each new token belongs to its row's text, the end token included, `[rows, new]`."""
-    if eos_tokens is None:
-        return np.ones(tuple(new.shape), np.bool_)
-    is_end = torch.isin(new, eos_tokens.to(new.device)).long()
-    return np.asarray(((is_end.cumsum(-1) - is_end) == 0).cpu(), np.bool_)
 
 
 def _layers_of_rows(

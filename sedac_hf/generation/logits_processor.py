@@ -11,6 +11,8 @@ import torch
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import LogitsProcessor
 
+from sedac_hf.generation.row_ends import rows_going
+
 if TYPE_CHECKING:
     from sedac_hf.core.session import ExitSession
 
@@ -53,16 +55,16 @@ class SedacLogitsProcessor(LogitsProcessor):
         session = self._session
         if session.prompt_length is None:
             session.prompt_length = input_ids.shape[1]
-        meter = session.meter
-        if meter is not None and meter.live:
-            meter.release(input_ids[:, -1:].flatten(), session.eos_tokens)
+        meter = session.meter if session.meter is not None and session.meter.live else None
         live = None
-        if session.observers and session.eos_tokens is not None:
+        if meter is not None or session.observers:
             new = input_ids[:, session.prompt_length :]
-            ended = torch.isin(new, session.eos_tokens.to(new.device)).any(-1)
-            live = np.asarray(~ended.cpu(), np.bool_)
+            going = rows_going(new, session.eos_tokens)
+            live = going[:, -1]
+            if meter is not None and new.shape[1]:
+                meter.release(new[:, -1], going[:, -2])
         record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints, live)
-        if meter is not None and meter.live:
+        if meter is not None:
             meter.hold(record)
         scaled = scale_exits(scores, record.checkpoints, self._temperatures)
         return cast(FloatTensor, scaled)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -169,11 +168,10 @@ class SettleLoop:
         session, texts = self._session, self._texts
         session.pending = record
         depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
-        session.commit(self._state.rows, depth, heads, ~texts.done)
-        going: npt.NDArray[np.intp] = np.flatnonzero(~texts.done)
+        going = ~texts.done
+        session.commit(self._state.rows, depth, heads, going)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
-        rows = going.tolist()
-        given = ~texts.done
-        self._tokens[going] = self._chooser.choose(texts, rows, scores[rows])
+        rows = np.flatnonzero(going).tolist()
+        self._tokens[rows] = self._chooser.choose(texts, rows, scores[rows])
         if session.meter is not None:
-            session.meter.step(record, self._tokens.copy(), given)
+            session.meter.step(record, self._tokens.copy(), going)

@@ -63,7 +63,6 @@ class CallMeter:
         self._thresholds = TensorBuffer(np.array(thresholds, np.float32))
         self._first = True
         self._held: tuple[StepRecord, float] | None = None
-        self._ended: Mask | None = None
         self._begun = self._last = time.perf_counter()
 
     def step(self, record: StepRecord, tokens: IntArray, rows: Mask) -> None:
@@ -84,21 +83,16 @@ class CallMeter:
         """
         self._held = (record, self._lap())
 
-    def release(self, tokens: Tensor, ends: Tensor | None) -> None:
-        """Report the step that is held, if any; rows that have ended are left out.
+    def release(self, tokens: Tensor, rows: Mask) -> None:
+        """Report the step that is held, if any.
 
         Args:
             tokens: Its tokens, `[rows]`.
-            ends: Tokens that end a row, or None.
+            rows: Rows whose text they belong to, `[rows]`.
         """
-        if self._held is None:
-            return
-        (record, seconds), self._held = self._held, None
-        chosen = tokens.numpy(force=True).astype(np.int64)
-        ended = np.zeros(len(chosen), np.bool_) if self._ended is None else self._ended
-        self._send(record, chosen, ~ended, seconds)
-        if ends is not None:
-            self._ended = ended | np.isin(chosen, ends.numpy(force=True))
+        if self._held is not None:
+            (record, seconds), self._held = self._held, None
+            self._send(record, tokens.numpy(force=True).astype(np.int64), rows.copy(), seconds)
 
     def alone(self, record: StepRecord) -> None:
         """Report a decode step outside of `generate`; who made it knows the tokens.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sedac_hf.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from sedac_hf.testing.config import TestConfig
@@ -41,13 +42,4 @@ _HOMES = {
     "TestOutcome": "outcome",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # Loaded when first used, so that importing the package does not import torch.
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

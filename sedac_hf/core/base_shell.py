@@ -200,21 +200,6 @@ class BaseShell:
             return self._logits_through_decoder(hidden, vocabulary)
         return self._logits_direct(self._epilogue, hidden, vocabulary)
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """What the base does between its last layer and its head.
-
-        Args:
-            hidden: States after the last layer, `[rows, seq, width]`.
-
-        Returns:
-            Normalised states, `[rows, seq, width of the head]`.
-        """
-        if self._epilogue is None:
-            self._epilogue = self._find_epilogue()
-        for name in self._epilogue.modules:
-            hidden = getattr(self.decoder, name)(hidden)
-        return hidden
-
     def refresh(self) -> None:
         """Take note of layers that were replaced since the last call."""
         layers = list(self.layers)

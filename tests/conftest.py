@@ -19,6 +19,12 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _exits_act(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which tokens leave must not depend on the clock; tests of the governor turn it on."""
+    monkeypatch.setenv("SEDAC_GOVERNOR", "off")
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def tiny(request: pytest.FixtureRequest) -> PreTrainedModel:
     """A tiny random model of each architecture in turn, fresh for each test."""

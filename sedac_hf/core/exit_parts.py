@@ -16,6 +16,7 @@ from sedac_hf.core.kv_fill import KVFill
 from sedac_hf.core.support import module_device
 from sedac_hf.core.weights import WeightWatch
 from sedac_hf.errors import ConfigError
+from sedac_hf.generation.exit_governor import ExitGovernors
 from sedac_hf.generation.governors import Governors
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Assembly:
         parts: What the loop works with.
         pass_choice: What runs loops that draft and verify; None until it was asked for.
         governors: What is known of the speed of drafting.
+        exit_governors: What is known of the speed of final exits.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class Assembly:
         self._controllers: dict[CascadeConfig, CascadeController] = {}
         self.pass_choice: PassChoice | None = None
         self.governors = Governors()
+        self.exit_governors = ExitGovernors()
         self.parts = ExitParts(
             shell=shell,
             passes=LayerPass(shell, self._fill),

@@ -88,6 +88,7 @@ class ExitStats:
         runs_on: What ran the layers in the last call of exact, plain or settled certified mode:
             `"native"` (the Rust core), `"modules"` (the base's own), `"none"`, empty before.
         runs_on_reason: Why it was not the native pass; empty when it was.
+        governor: What the last call in certified mode found exits to be worth; empty before.
     """
 
     def __init__(self, num_layers: int, checkpoints: list[int]) -> None:
@@ -102,6 +103,7 @@ class ExitStats:
         self._lock = threading.Lock()
         self.drafts = DraftStats()
         self.runs_on = self.runs_on_reason = ""
+        self.governor: dict[str, Any] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -184,6 +186,8 @@ class ExitStats:
             "runs_on": self.runs_on,
             "runs_on_reason": self.runs_on_reason,
         }
+        if self.governor:
+            figures["governor"] = dict(self.governor)
         if self.drafts.passes or self.drafts.reason:
             figures["drafts"] = self.drafts.to_dict()
         return figures

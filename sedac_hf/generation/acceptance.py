@@ -38,11 +38,14 @@ _STATEFUL = frozenset(
 def processors_by_row(processors: LogitsProcessorList) -> bool:
     """Whether processors may be asked about rows of a batch that differ in length.
 
+    Those of transformers may, but for two; others say so by an attribute `by_row = True`.
+
     Args:
         processors: The logits processors of the call.
     """
     return all(
-        type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _STATEFUL
+        getattr(each, "by_row", False) is True
+        or type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _STATEFUL
         for each in processors
     )
 

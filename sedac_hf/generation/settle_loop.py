@@ -5,6 +5,7 @@ Without a cascade nothing leaves: then this is the plain loop.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ from sedac_hf.core.exit_check import check_step, hold_by
 from sedac_hf.core.exit_step import ExitStep
 from sedac_hf.core.session import StepRecord
 from sedac_hf.generation.exit_audit import ExitAudit
+from sedac_hf.generation.exit_governor import BLOCK
 from sedac_hf.generation.logits_processor import scale_exits
 from sedac_hf.generation.open_nodes import HeadQueue, OpenNodes
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.row_pass import RowPass
     from sedac_hf.core.session import ExitSession
     from sedac_hf.generation.acceptance import TokenChooser
+    from sedac_hf.generation.exit_governor import ExitGovernor
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts
 
@@ -86,20 +89,44 @@ class SettleLoop:
         passing = None if self._audit is None else self._audit.passing
         self._open = OpenNodes(run, state, self._stops, self._queues, passing)
         self._tokens = np.zeros(state.rows, np.int64)
-        self._outputs: list[Tensor] | None = [] if keeps_states else None
+        self._outputs: list[Tensor] | None = [] if keeps_states and heads else None
         self.tails = state.rows  # times that the last layer was run for a row, the prompt's once
 
-    def decode(self, logits: Tensor) -> None:
+    def decode(self, logits: Tensor, governor: ExitGovernor | None = None) -> None:
         """Go on until every row has stopped.
 
         Args:
             logits: The base's logits behind the prompt, `[rows, vocabulary]`.
+            governor: Says for each block of steps whether exits act; None lets them always act.
         """
         depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
         self._choose(logits, StepRecord.full_depth(self._state.rows, depth, heads))
         while not self._texts.done.all():
-            output, record = self._step()
-            self._choose(self._run.logits(output)[:, 0], record)
+            if governor is None:
+                self._advance(acts=True)
+            else:
+                self._block(governor)
+
+    def _block(self, governor: ExitGovernor) -> None:
+        """Some steps with exits or without, as the governor says; it learns what they took."""
+        acts = governor.begin()
+        spent = {True: [0.0, 0], False: [0.0, 0]}
+        for _ in range(BLOCK):
+            # Catching up with tokens that have left is a cost of exits.
+            counts = spent[acts or len(self._open) > 0]
+            begun = time.perf_counter()
+            self._advance(acts)
+            counts[0] += time.perf_counter() - begun
+            counts[1] += 1
+            if self._texts.done.all():
+                break
+        for key, (seconds, steps) in spent.items():
+            governor.end(key, int(steps), seconds)
+
+    def _advance(self, acts: bool) -> None:
+        """One token for every row."""
+        output, record = self._step(acts)
+        self._choose(self._run.logits(output)[:, 0], record)
 
     def settle(self) -> Tensor:
         """Run everything that still waits, heads included.
@@ -114,15 +141,12 @@ class SettleLoop:
                 queue.fill()
         return torch.cat([self._last[:, :0], *(self._outputs or [])], dim=1)
 
-    def _step(self) -> tuple[Tensor, StepRecord]:
+    def _step(self, acts: bool) -> tuple[Tensor, StepRecord]:
         """Each row's state for the final norm, and what was decided."""
         tokens = torch.from_numpy(self._tokens[:, None].copy())
         hidden = self._open.add(tokens, self._last)
-        if not self._stops:
-            rows, parts = self._state.rows, self._parts
-            return self._finish(), StepRecord.full_depth(
-                rows, parts.shell.num_layers, len(parts.heads)
-            )
+        if not self._stops or not acts:
+            return self._whole_step()
         step, looks = self._begin(hidden)
         for k, stop in enumerate(self._stops):
             hidden = self._open.advance(stop)
@@ -140,10 +164,23 @@ class SettleLoop:
             check_step(
                 step, step.held >= 0, hidden, self._run.logits, self._temperatures, self._watch
             )
-        self._last = step.output(hidden)
+        return self._kept(step.output(hidden)), step.record
+
+    def _whole_step(self) -> tuple[Tensor, StepRecord]:
+        """A step in which nobody may leave."""
+        rows, parts = self._state.rows, self._parts
+        output = self._kept(self._finish())
+        for queue in self._queues:
+            if len(queue) >= _MAX_QUEUE:
+                queue.fill()
+        return output, StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
+
+    def _kept(self, output: Tensor) -> Tensor:
+        """Note what the rows' tokens ended with."""
+        self._last = output
         if self._outputs is not None:
-            self._outputs.append(self._last)
-        return self._last, step.record
+            self._outputs.append(output)
+        return output
 
     def _begin(self, hidden: Tensor) -> tuple[ExitStep, bool]:
         """The step, and whether its exits are only looked at."""

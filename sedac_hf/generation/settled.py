@@ -8,6 +8,7 @@ import torch
 
 from sedac_hf.generation.acceptance import TokenChooser
 from sedac_hf.generation.exact_call import outcome
+from sedac_hf.generation.exit_governor import ExitGovernor, is_governed
 from sedac_hf.generation.prompt import read_prompt
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settle_loop import SettleLoop
@@ -49,9 +50,20 @@ def decode_settled(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
         max_pending=model.config.max_pending, keeps_states=prompt.stores,
     )  # fmt: skip
-    loop.decode(prompt.logits)
+    governor = _governor(model, session, state.rows)
+    loop.decode(prompt.logits, governor)
+    if governor is not None:
+        model.exit_stats.governor = governor.to_dict()
     texts.end()
     session.tails += loop.tails
     if prompt.stores:
         prompt.store(loop.settle())
     return outcome(texts, call, prompt.model_kwargs)
+
+
+def _governor(model: Any, session: ExitSession, rows: int) -> ExitGovernor | None:
+    """Who decides whether exits pay; nobody where online calibration must see every step."""
+    if session.cascade is None or session.watch is not None or not is_governed():
+        return None
+    governor: ExitGovernor = model.assembly.exit_governors.find(rows, session.cascade.config)
+    return governor

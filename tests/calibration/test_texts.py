@@ -12,12 +12,13 @@ from transformers import LlamaForCausalLM
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.texts import (
     ChatTemplate,
-    RowTemperatures,
+    RowSampler,
     answer_prompts,
     is_looping,
     write_texts,
 )
 from sedac_hf.errors import CalibrationError
+from sedac_hf.modeling import SedacForCausalLM
 from tests.micro_model import MicroModel
 
 CHAT = (
@@ -74,12 +75,35 @@ def test_a_chat_model_writes_both_turns(micro_model: MicroModel, tmp_path: Path)
         assert len(document) - document.prompt_length >= 8
 
 
-def test_each_row_has_its_own_temperature() -> None:
-    scores = torch.tensor([[1.0, -2.0], [1.0, -2.0], [4.0, float("-inf")]])
-    ids = torch.zeros(3, 1, dtype=torch.long)
-    found = RowTemperatures([1.0, 0.5, 2.0])(ids, scores)
-    expected = torch.tensor([[1.0, -2.0], [2.0, -4.0], [2.0, float("-inf")]])
-    assert torch.equal(found, expected)
+def test_each_row_draws_at_its_own_temperature_from_its_most_probable_words() -> None:
+    sampler = RowSampler([1.0, 0.5, 2.0], words=3)
+    scores = torch.tensor([0.0, 1.0, 2.0, -1.0]).expand(3, 4)
+    counts = torch.zeros(3, 4)
+    for _ in range(4000):
+        found = sampler(torch.zeros(3, 1, dtype=torch.long), scores.clone())
+        kept = found > -torch.inf
+        assert kept.sum(-1).tolist() == [1, 1, 1]
+        assert torch.equal(found[kept], scores[kept])
+        counts += kept
+    expected = (scores[:, :3] / torch.tensor([[1.0], [0.5], [2.0]])).softmax(-1)
+    # Four standard errors of a share of 4,000 draws.
+    torch.testing.assert_close(counts[:, :3] / 4000, expected, atol=0.032, rtol=0)
+    assert not counts[:, 3].any()
+
+
+def test_the_base_writes_through_the_native_pass(micro_model: MicroModel, monkeypatch) -> None:
+    written = []
+    own = SedacForCausalLM.generate
+
+    def spy(self, *args, **given):
+        out = own(self, *args, **given)
+        written.append(self.exit_stats.runs_on)
+        return out
+
+    monkeypatch.setattr(SedacForCausalLM, "generate", spy)
+    prompts = [d.ids[:4] for d in micro_model.language.documents(5, seed=12)]
+    assert answer_prompts(micro_model.model, prompts, max_answer=24, rows=5)
+    assert written == ["native"]
 
 
 def test_prompts_are_answered_in_order_and_by_the_seed(micro_model: MicroModel) -> None:

@@ -1,0 +1,143 @@
+"""Final exits act as long as they save time, and only then."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
+from sedac_hf.generation.exit_governor import BLOCK, ExitGovernor, ExitGovernors, is_governed
+from tests.generation.test_settled import GIVEN, prompts, settled
+
+LONG = GIVEN | {"max_new_tokens": 6 * BLOCK + 1}
+
+
+def run(governor, blocks, with_exits, without):
+    """What the governor says over some blocks whose steps take these times."""
+    said = []
+    for _ in range(blocks):
+        acts = governor.begin()
+        said.append(acts)
+        governor.end(acts, BLOCK, BLOCK * (with_exits if acts else without))
+    return said
+
+
+class Scripted:
+    """Says what it is told to, and notes what it is told."""
+
+    def __init__(self, script):
+        self.script, self.seen, self.ended = list(script), [], []
+
+    def begin(self):
+        self.seen.append(self.script[len(self.seen) % len(self.script)])
+        return self.seen[-1]
+
+    def end(self, acts, steps, seconds):
+        if steps:
+            self.ended.append((acts, steps, seconds))
+
+    def to_dict(self):
+        return {"blocks": len(self.seen)}
+
+
+def scripted(model, script, monkeypatch):
+    governor = Scripted(script)
+    monkeypatch.setenv("SEDAC_GOVERNOR", "on")
+    monkeypatch.setattr(ExitGovernors, "find", lambda self, rows, rules: governor)
+    return governor
+
+
+def test_exits_that_cost_time_are_turned_off_and_tried_seldom():
+    said = run(ExitGovernor(), 1000, with_exits=1.03, without=1.0)
+    assert sum(said[:9]) >= 4
+    assert sum(said[9:]) < 0.03 * 991
+    assert any(said[100:])
+
+
+def test_exits_that_save_time_stay_on_and_are_compared_now_and_then():
+    said = run(ExitGovernor(), 400, with_exits=0.9, without=1.0)
+    assert 0.95 < sum(said[9:]) / 391 < 1
+
+
+def test_the_governor_changes_its_mind_when_text_does():
+    governor = ExitGovernor()
+    run(governor, 50, with_exits=1.1, without=1.0)
+    assert not governor.to_dict()["acting"]
+    assert sum(run(governor, 400, with_exits=0.8, without=1.0)[300:]) > 90
+    assert sum(run(governor, 600, with_exits=1.2, without=1.0)[500:]) < 15
+
+
+def test_one_hiccup_decides_nothing():
+    governor = ExitGovernor()
+    run(governor, 40, with_exits=0.9, without=1.0)
+    while not governor.begin():
+        governor.end(False, BLOCK, BLOCK)
+    governor.end(True, BLOCK, 1000 * BLOCK)
+    run(governor, 30, with_exits=0.9, without=1.0)
+    assert governor.pays
+
+
+def test_new_rules_and_other_batch_sizes_begin_anew():
+    rules, others = (CascadeConfig([LayerConfig(1, threshold)]) for threshold in (1.0, 2.0))
+    governors = ExitGovernors()
+    first = governors.find(1, rules)
+    assert governors.find(1, rules) is first
+    assert governors.find(2, rules) is not first
+    assert governors.find(1, others) is not first
+
+
+@pytest.mark.parametrize(("value", "expected"), [("off", False), ("0", False), ("", True)])
+def test_the_environment_can_leave_exits_alone(value, expected, monkeypatch):
+    monkeypatch.setenv("SEDAC_GOVERNOR", value)
+    assert is_governed() is expected
+
+
+@pytest.mark.parametrize("kind", ["lens", "block", "feedback"])
+def test_without_exits_the_text_is_that_of_plain(kind, monkeypatch):
+    model, ids = settled(kind), prompts()
+    plain = model.generate(ids, sedac_mode="plain", **LONG)
+    scripted(model, [False], monkeypatch)
+    model.exit_stats.reset()
+    assert torch.equal(model.generate(ids, sedac_mode="certified", **LONG), plain)
+    assert model.exit_stats.exit_share == 0
+
+
+def test_exits_act_in_their_blocks_only_and_leave_the_keys_of_the_base(monkeypatch):
+    model, ids = settled(), prompts(1)
+    governor = scripted(model, [True, False, False], monkeypatch)
+    cache = DynamicCache(config=model.base.config)
+    out = model.generate(
+        ids, past_key_values=cache, return_dict_in_generate=True, sedac_mode="certified", **LONG
+    )
+    left = (out.exit_layers[0, 1:] < 4).reshape(-1, BLOCK).any(dim=1)
+    assert left.tolist() == [True, False, False, True, False, False]
+    assert sum(steps for _, steps, _ in governor.ended) == LONG["max_new_tokens"] - 1
+    own = DynamicCache(config=model.base.config)
+    with torch.no_grad():
+        model.base(out.sequences[:, :-1], past_key_values=own)
+    for found, expected in zip(out.past_key_values.layers, own.layers, strict=False):
+        torch.testing.assert_close(found.keys, expected.keys)
+        torch.testing.assert_close(found.values, expected.values)
+
+
+def test_rows_and_heads_go_on_as_if_nothing_had_been_between(monkeypatch):
+    """A block of exits behind one without asks heads that have followed all along."""
+    model, ids = settled("feedback"), prompts(3)
+    scripted(model, [False, True], monkeypatch)
+    together = model.generate(ids, sedac_mode="certified", return_dict_in_generate=True, **LONG)
+    assert bool((together.exit_layers < 4).any())
+    for row in range(3):
+        alone = model.generate(ids[row : row + 1], sedac_mode="certified", **LONG)
+        assert torch.equal(alone[0], together.sequences[row])
+
+
+def test_what_the_governor_found_is_told(monkeypatch):
+    model = settled()
+    assert "governor" not in model.exit_stats.to_dict()
+    monkeypatch.setenv("SEDAC_GOVERNOR", "on")
+    model.generate(prompts(1), sedac_mode="certified", **LONG)
+    found = model.exit_stats.to_dict()["governor"]
+    assert found["blocks"] == 6
+    assert found["step_ms_with_exits"] > 0
+    assert found["step_ms_without"] > 0

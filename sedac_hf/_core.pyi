@@ -215,6 +215,7 @@ class LayerStack:
         start: int,
         stop: int | None,
         threads: int,
+        rows: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Run the tokens of some rows through some layers.
 
@@ -233,6 +234,7 @@ class LayerStack:
             stop: End of the layers. None runs just as far as K and V of the last one, and leaves
                 `states` as they are.
             threads: Threads to use at most.
+            rows: Which rows of the cache all of this is about, in ascending order; None for all.
 
         Raises:
             ValueError: If arguments do not fit each other.

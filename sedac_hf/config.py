@@ -150,6 +150,8 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         kv_mode: How the tail's K/V of an exited token come about: `"propagate"` from its frozen
             state at once, `"settle"` by running the tail later, which gives the base's own.
         max_pending: Exited tokens that may wait for their tails where exits are settled.
+        head_hits: For each checkpoint, the share of held-out tokens on which the base's choice was
+            among the head's first 1, 2, 4 and 8; what drafting begins to reckon with.
         certified_dtypes: Data types the certificate was obtained in, such as `"bfloat16"`.
         use_cache: Whether decoding keeps K/V.
     """
@@ -171,6 +173,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     strategy: str = "hard"
     kv_mode: str = "propagate"
     max_pending: int = 8
+    head_hits: list[list[float]] | None = None
     certified_dtypes: list[str] | None = None
     use_cache: bool = True
 
@@ -198,6 +201,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         if self.max_pending < 1:
             raise ConfigError(f"max_pending must be at least 1, found {self.max_pending}.")
         specs = self.checkpoint_specs()
+        _check_hits(self.head_hits, len(specs))
         layers = [spec.layer_idx for spec in specs]
         if layers != sorted(set(layers)):
             raise ConfigError(
@@ -243,6 +247,17 @@ def _keep_implementations(live: PreTrainedConfig, kwargs: dict[str, Any]) -> Non
     if kwargs.get("experts_implementation") is None:
         # At the top it must stay None: the wrapper itself has no experts.
         kwargs["experts_implementation"] = {"": None, "text_config": experts}
+
+
+def _check_hits(hits: list[list[float]] | None, checkpoints: int) -> None:
+    if hits is None:
+        return
+    rows = [len(row) == 4 and all(0 <= rate <= 1 for rate in row) for row in hits]
+    if len(rows) != checkpoints or not all(rows):
+        raise ConfigError(
+            f"head_hits must hold four rates between 0 and 1 for each of {checkpoints} "
+            f"checkpoints, found {hits}."
+        )
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

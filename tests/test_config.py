@@ -107,3 +107,11 @@ def test_errors_share_a_parent() -> None:
         assert issubclass(getattr(errors, name), SedacError)
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.BaseNotFoundError, FileNotFoundError)
+
+
+@pytest.mark.parametrize("hits", [[[0.5, 0.6, 0.7]], [[0.5, 0.6, 0.7, 1.2]], [], [[0.1] * 4] * 2])
+def test_hits_that_do_not_fit_the_checkpoints_are_refused(hits: list[list[float]]) -> None:
+    spec = CheckpointSpec(1).to_dict()
+    with pytest.raises(ConfigError, match="four rates between 0 and 1 for each of 1 checkpoints"):
+        SedacConfig(checkpoints=[spec], head_hits=hits)
+    assert SedacConfig(checkpoints=[spec], head_hits=[[0.1, 0.2, 0.3, 0.4]]).head_hits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import importlib.util
 import json
@@ -128,3 +129,10 @@ def test_quickstart_answers_and_counts(tmp_path: Path, capsys: pytest.CaptureFix
     model.save_pretrained(artefact, tokenizer=make_tokenizer(chat=True), certificate=issue())
     script("quickstart").main("w7 w8", str(artefact))
     assert "left early" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["suite_on_your_texts"])
+def test_what_an_example_shows_is_what_happens(name: str) -> None:
+    found = doctest.testmod(script(name))
+    assert found.attempted > 0
+    assert found.failed == 0

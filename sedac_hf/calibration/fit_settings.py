@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sedac_hf.calibration.head_training import HeadReport
+from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.calibration.probe_training import GateReport
 from sedac_hf.config import CheckpointSpec
 
@@ -89,3 +89,10 @@ class FitReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FitReport:
+        """A report from what `to_dict` gave."""
+        heads = [HeadReport.from_dict(head) for head in values["heads"]]
+        gates = [GateReport(**gate) for gate in values["gates"]]
+        return cls(**{**values, "heads": heads, "gates": gates})

@@ -25,7 +25,8 @@ from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.head_storage import choose_storage
-from sedac_hf.calibration.head_training import HeadSchedule, head_learning_rate, train_head
+from sedac_hf.calibration.head_schedule import HeadSchedule, head_learning_rate
+from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import fit_probes
@@ -219,10 +220,10 @@ class FitRun:
             probe_rank=self.settings.probe_rank,
             kv_mode=self.settings.kv_mode,
             fingerprint=fingerprint(self.base),
+            head_hits=[[head.agreement, *head.top.values()] for head in self.report.heads],
         )
         model.risk_histograms = RiskHistograms.from_traces(fitted.traces)
-        if self.process.is_main_process:
-            fitted.traces.save(self.workspace.directory / "traces.safetensors")
+        fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = self._costs(model, splits)
         self.report.costs = costs.to_dict()
         self.policies = choose_policies(
@@ -233,6 +234,16 @@ class FitRun:
         )  # fmt: skip
         self._stage("search")
         return model
+
+    def taken_over(self, output: Path) -> tuple[SedacForCausalLM, FitReport]:
+        """What the main process made, once it has; the others have nothing to add behind heads.
+
+        Args:
+            output: Where it saves the artefact.
+        """
+        self.process.wait_for_everyone()
+        model = SedacForCausalLM.from_pretrained(output, base_model=self.base)
+        return model, self.workspace.load_report()
 
     def _costs(self, model: SedacForCausalLM, splits: Splits) -> CostModel:
         """What probes, tries and exits cost."""

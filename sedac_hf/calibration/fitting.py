@@ -64,17 +64,19 @@ def fit(
     splits = split_for_fit(documents, settings.seed, more)
     states = run.states(splits)
     heads = run.heads(states, splits)
+    if not run.process.is_main_process:
+        return run.taken_over(output)
     model = run.thresholds(states, splits, heads)
     certificate = run.certificate(model, splits, target)
     # Whatever was certified, drafting changes no token.
     model.config.mode = "exact"
-    if run.process.is_main_process:
-        model.save_pretrained(
-            output,
-            tokenizer=tokenizer,
-            certificate=certificate,
-            results={"fit": run.report.to_dict()},
-        )
+    model.save_pretrained(
+        output,
+        tokenizer=tokenizer,
+        certificate=certificate,
+        results={"fit": run.report.to_dict()},
+    )
+    run.workspace.save_report(run.report)
     run.process.wait_for_everyone()
     return model, run.report
 

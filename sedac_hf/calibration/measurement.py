@@ -63,17 +63,21 @@ def collect_traces(
         where = np.concatenate(
             [place[i] + np.arange(len(states.documents[i]) - first[i]) for i in chosen]
         )
+        exited = []
         for column, head in enumerate(heads):
             batch = states.batch(chosen, head.layer_idx, shell.base.device)
             counted = predicting(batch)
-            targets = batch.ids.roll(-1, 1)[counted]
-            exited = exit_states(head, shell, batch)[counted]
+            exited.append(exit_states(head, shell, batch)[counted])
             risk[where, column] = probes.risk(column, batch.states[counted]).cpu().numpy()
-            for part, full, logits in _both(shell, batch.final[counted], exited):
-                at = where[part]
-                gold = targets[part, None]
+        # What full depth says is the same for all heads, and the larger half of the work.
+        targets = batch.ids.roll(-1, 1)[counted]
+        for part, full in _full(shell, batch.final[counted]):
+            at = where[part]
+            gold = targets[part, None]
+            nll_full[at] = -full.gather(-1, gold).squeeze(-1).cpu().numpy()
+            for column, state in enumerate(exited):
+                logits = _exit_logits(shell, state[part])
                 out = torch.log_softmax(logits / temperatures[column], -1)
-                nll_full[at] = -full.gather(-1, gold).squeeze(-1).cpu().numpy()
                 delta[at, column] = (full - out).gather(-1, gold).squeeze(-1).cpu().numpy()
                 divergence[at, column] = (full.exp() * (full - out)).sum(-1).cpu().numpy()
                 agree[at, column] = (full.argmax(-1) == out.argmax(-1)).cpu().numpy()
@@ -116,22 +120,23 @@ def fit_temperatures(
     """
     grid = torch.linspace(0.7, 1.4, 15).tolist()
     ordered = sorted(rows, key=lambda i: len(states.documents[i]))
-    found = []
-    for head in heads:
-        cost = torch.zeros(len(grid), dtype=torch.float64)
-        for chosen in batches_of(states, ordered, 2048):
+    cost = torch.zeros(len(heads), len(grid), dtype=torch.float64)
+    for chosen in batches_of(states, ordered, 2048):
+        exited = []
+        for head in heads:
             batch = states.batch(chosen, head.layer_idx, shell.base.device)
             counted = predicting(batch)
-            exited = exit_states(head, shell, batch)[counted]
-            for _, full, logits in _both(shell, batch.final[counted], exited):
+            exited.append(exit_states(head, shell, batch)[counted])
+        for part, full in _full(shell, batch.final[counted]):
+            for column, state in enumerate(exited):
+                logits = _exit_logits(shell, state[part])
                 chance = torch.softmax(logits[:, draft.to(logits.device)], -1).amax(-1)
                 sure = chance >= _SURE
                 p, own = full[sure].exp(), logits[sure]
                 for place, temperature in enumerate(grid):
                     log_q = torch.log_softmax(own / temperature, -1)
-                    cost[place] -= float((p * log_q).sum())
-        found.append(round(grid[int(cost.argmin())], 3))
-    return found
+                    cost[column, place] -= float((p * log_q).sum())
+    return [round(grid[place], 3) for place in cost.argmin(-1).tolist()]
 
 
 def predicting(batch: DocumentBatch) -> Tensor:
@@ -142,10 +147,12 @@ def predicting(batch: DocumentBatch) -> Tensor:
     return (position >= start) & (position < stop)
 
 
-def _both(
-    shell: BaseShell, final: Tensor, exited: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Log-probabilities at full depth and logits of the exit, some tokens at a time."""
+def _full(shell: BaseShell, final: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities at full depth, some tokens at a time."""
     for part, full in iter_logits(shell, final):
-        out = shell.logits(exited[part].to(shell.base.dtype).unsqueeze(0)).squeeze(0)
-        yield part, torch.log_softmax(full.float(), -1), out.float()
+        yield part, torch.log_softmax(full.float(), -1)
+
+
+def _exit_logits(shell: BaseShell, exited: Tensor) -> Tensor:
+    """Logits of an exit's states, `[tokens, vocabulary]`."""
+    return shell.logits(exited.to(shell.base.dtype).unsqueeze(0)).squeeze(0).float()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.feature_cache import FeatureCache
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -48,11 +51,6 @@ class DocumentBatch:
     entropy: Tensor
     prompt_lengths: Tensor
 
-    def to(self, device: torch.device | str) -> DocumentBatch:
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return DocumentBatch(**moved)
-
 
 class BaseStates:
     """Memory-mapped states of the base over a set of documents.
@@ -67,6 +65,8 @@ class BaseStates:
         documents: Sequence[Document],
         checkpoints: Sequence[int],
         width: int,
+        *,
+        cache_bytes: int = 1 << 28,
     ) -> None:
         """Open or create the files.
 
@@ -75,7 +75,10 @@ class BaseStates:
             documents: The documents, in order.
             checkpoints: Layers whose output is kept; -1 is the embedding.
             width: Width of the base's hidden states.
+            cache_bytes: Bytes of documents that are kept in memory, on the device that asked for
+                them.
         """
+        self._features = FeatureCache(cache_bytes)
         self.directory = directory
         self.documents = list(documents)
         self.checkpoints = tuple(checkpoints)
@@ -142,6 +145,7 @@ class BaseStates:
             self._flush()
             marker.write_text(str(done))
         bar.close()
+        self._features.clear()
 
     def batch(
         self, rows: Sequence[int], layer: int, device: torch.device | str = "cpu"
@@ -156,30 +160,42 @@ class BaseStates:
         Returns:
             The batch, float32.
         """
-        lengths = [len(self.documents[i]) for i in rows]
-        shape = (len(rows), max(lengths))
-        final = torch.zeros(*shape, self.width)
-        batch = DocumentBatch(
-            ids=torch.zeros(shape, dtype=torch.long),
-            mask=torch.zeros(shape, dtype=torch.long),
-            states=torch.zeros(*shape, self.width),
-            final=final,
-            top_ids=torch.zeros(*shape, TOP, dtype=torch.long),
-            top_probabilities=torch.zeros(*shape, TOP),
-            entropy=torch.zeros(shape),
-            prompt_lengths=torch.tensor([self.documents[i].prompt_length for i in rows]),
+        device = torch.device(device)
+        found = [
+            self._features.get((i, layer, device), partial(self._read, i, layer, device))
+            for i in rows
+        ]
+        ids, states, final, top_ids, top_probabilities, entropy = (
+            pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True)
         )
-        for row, i in enumerate(rows):
-            span, n = slice(self.offsets[i], self.offsets[i + 1]), lengths[row]
-            batch.ids[row, :n] = torch.from_numpy(self.documents[i].ids)
-            batch.mask[row, :n] = 1
-            batch.states[row, :n] = _from_bits(self._states[layer][span])
-            batch.final[row, :n] = _from_bits(self._final[span])
-            batch.top_ids[row, :n] = torch.from_numpy(self._top_ids[span].astype(np.int64))
-            probabilities = self._top_probabilities[span].astype(np.float32)
-            batch.top_probabilities[row, :n] = torch.from_numpy(probabilities)
-            batch.entropy[row, :n] = torch.from_numpy(np.array(self._entropy[span]))
-        return batch.to(device)
+        lengths = torch.tensor([len(self.documents[i]) for i in rows], device=device)
+        position = torch.arange(ids.shape[1], device=device)
+        return DocumentBatch(
+            ids=ids.long(),
+            mask=(position < lengths[:, None]).long(),
+            states=states.float(),
+            final=final.float(),
+            top_ids=top_ids.long(),
+            top_probabilities=top_probabilities.float(),
+            entropy=entropy,
+            prompt_lengths=torch.tensor(
+                [self.documents[i].prompt_length for i in rows], device=device
+            ),
+        )
+
+    def _read(self, i: int, layer: int, device: torch.device) -> tuple[Tensor, ...]:
+        """One document as it is on disk: narrow types, so that many fit into the cache."""
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        parts = (
+            torch.from_numpy(np.asarray(self.documents[i].ids, np.int32)),
+            _from_bits(self._states[layer][span]),
+            _from_bits(self._final[span]),
+            *(
+                torch.from_numpy(np.array(array[span]))
+                for array in (self._top_ids, self._top_probabilities, self._entropy)
+            ),
+        )
+        return tuple(part.to(device) for part in parts)
 
     def token_mass(self, rows: Sequence[int], vocabulary: int) -> npt.NDArray[np.float64]:
         """Probability that the base gave each token, summed over documents; ``[vocabulary]``."""
@@ -289,4 +305,4 @@ def _to_bits(states: Tensor) -> npt.NDArray[np.int16]:
 
 
 def _from_bits(bits: npt.NDArray[np.int16]) -> Tensor:
-    return torch.from_numpy(np.array(bits)).view(torch.bfloat16).float()
+    return torch.from_numpy(np.array(bits)).view(torch.bfloat16)

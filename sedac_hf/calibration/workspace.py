@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
-from sedac_hf.calibration.head_training import HeadReport
+from sedac_hf.calibration.fit_settings import FitReport
+from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.errors import CalibrationError
 from sedac_hf.files import write_atomically
 
@@ -83,14 +84,25 @@ class Workspace:
         path = self._head_path(head)
         head.load_state_dict(load_file(path))
         values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        values["top"] = {int(n): rate for n, rate in values["top"].items()}
-        return HeadReport(**values)
+        return HeadReport.from_dict(values)
 
     def save_head(self, head: ExitHead, report: HeadReport) -> None:
         """Keep a trained head."""
         path = self._head_path(head)
         save_file({n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}, path)
         path.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+
+    def save_report(self, report: FitReport) -> None:
+        """Keep what a finished run says, for the other processes."""
+        write_atomically(self._report_path, json.dumps(report.to_dict()))
+
+    def load_report(self) -> FitReport:
+        """What the finished run said."""
+        return FitReport.from_dict(json.loads(self._report_path.read_text(encoding="utf-8")))
+
+    @property
+    def _report_path(self) -> Path:
+        return self.directory / "report.json"
 
     def draft_vocabulary(self, make: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The draft vocabulary; made once."""

@@ -25,7 +25,7 @@ from sedac_hf.errors import CacheError
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.decoder_loop import ExitParts
-    from sedac_hf.core.row_pass import Placement
+    from sedac_hf.core.row_pass import Mask, Placement
     from sedac_hf.core.stand_ins import LayerCall
 
 __all__ = ["ModulePass", "cache_fits", "layer_windows", "readable_layers"]
@@ -62,6 +62,9 @@ class ModulePass:
         self._cache = RowCache(count)
         self._calls = RowCalls(shell, self._cache, layer_windows(shell))
         self._loaded = 0
+
+    def rest(self, done: Mask) -> None:
+        """See `RowPass.rest`; all rows go through the base's modules together."""
 
     def load(self, cache: Any) -> IntArray:
         """See `RowPass.load`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sedac_hf.core.native_cache import append_slots, check_layer, load_layer
 from sedac_hf.core.native_model import NativeModel, threads
-from sedac_hf.core.row_pass import BASE, IntArray, Placement
+from sedac_hf.core.row_pass import BASE, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class NativePass:
         self._draft = draft
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
+        self._going: IntArray | None = None  # rows that are still run; None for all
 
     @property
     def _parts(self) -> NativeParts:
@@ -100,6 +101,11 @@ class NativePass:
         stacks = [parts.base, *parts.heads]
         self._caches = [None if stack is None else stack.cache(rows) for stack in stacks]
         self._loaded = np.zeros(rows, np.int64)
+        self._going = None
+
+    def rest(self, done: Mask) -> None:
+        """See `RowPass.rest`; their states come out as zeros."""
+        self._going = np.flatnonzero(~done) if done.any() else None
 
     def load(self, cache: Any, rows: int | None = None) -> IntArray:
         """See `RowPass.load`.
@@ -193,15 +199,25 @@ class NativePass:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`; float32."""
-        parts = self._parts
-        return _logits(parts.output, hidden, self._shell.vocabulary_size)
+        return self._logits(self._parts.output, hidden, self._shell.vocabulary_size)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.draft_logits`; float32."""
         if self._draft is None:
             return self.logits(hidden)
         linear, output = self._draft
-        return _logits(output, hidden, linear.out_features)
+        return self._logits(output, hidden, linear.out_features)
+
+    def _logits(self, output: _core.OutputHead, hidden: Tensor, words: int) -> Tensor:
+        """Logits of the rows that still go on; zeros for the others."""
+        # States of some rows only, as a caller may pick them, are taken as they are.
+        if self._going is None or len(hidden) != len(self._loaded):
+            return _logits(output, hidden, words)
+        found = torch.zeros((*hidden.shape[:-1], words))
+        some = torch.from_numpy(self._going)
+        if len(some):
+            found[some] = _logits(output, hidden[some], words)
+        return found
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
@@ -220,6 +236,43 @@ class NativePass:
         span: tuple[int, int | None],
         parts: NativeParts,
     ) -> Tensor:
+        if self._going is not None:
+            return self._run_some(stack, part, hidden, feedback, at, span, parts)
+        return self._run_rows(stack, part, hidden, feedback, at, span, parts, None)
+
+    def _run_some(
+        self,
+        stack: _core.LayerStack,
+        part: int,
+        hidden: Tensor,
+        feedback: Tensor | None,
+        at: Placement,
+        span: tuple[int, int | None],
+        parts: NativeParts,
+    ) -> Tensor:
+        """The rows that still go on; zeros for the others."""
+        going = self._going
+        assert going is not None
+        found = torch.zeros(hidden.shape, dtype=torch.float32)
+        if len(going):
+            some = torch.from_numpy(going)
+            given = None if feedback is None else feedback[some]
+            found[some] = self._run_rows(
+                stack, part, hidden[some], given, at.of(going), span, parts, going
+            )
+        return found
+
+    def _run_rows(
+        self,
+        stack: _core.LayerStack,
+        part: int,
+        hidden: Tensor,
+        feedback: Tensor | None,
+        at: Placement,
+        span: tuple[int, int | None],
+        parts: NativeParts,
+        rows: IntArray | None,
+    ) -> Tensor:
         width = hidden.shape[-1]
         # The core writes over what it is given.
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, width).contiguous()
@@ -236,6 +289,7 @@ class NativePass:
             parts.rotary.rows(at.positions),
             *span,
             threads(),
+            rows,
         )
         return states.view(hidden.shape)
 

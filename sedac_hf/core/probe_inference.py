@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.core.compiled import Compiled
+from sedac_hf.core.probe_graphs import ProbeGraphs
 from sedac_hf.errors import ConfigError
 
 __all__ = ["LREProbe", "PackedProbe", "ProbeManager"]
@@ -37,6 +39,25 @@ class PackedProbe:
     epsilon: float
     out_weight: FloatArray
     out_bias: float
+
+
+def _risk(
+    hidden: Tensor,
+    project: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    epsilon: float,
+    out_weight: Tensor,
+    out_bias: Tensor,
+) -> Tensor:
+    """``softplus(out(LayerNorm(project(h))))``."""
+    functional = nn.functional
+    low = functional.linear(hidden.float(), project)
+    normed = functional.layer_norm(low, low.shape[-1:], norm_weight, norm_bias, epsilon)
+    return functional.softplus(functional.linear(normed, out_weight, out_bias).squeeze(-1))
+
+
+_compiled_risk = Compiled(_risk)
 
 
 class LREProbe(nn.Module):
@@ -74,8 +95,17 @@ class LREProbe(nn.Module):
         Returns:
             Risks >= 0, ``[...]``, float32; lower is safer.
         """
-        score = self.out(self.norm(self.project(hidden.float()))).squeeze(-1)
-        return nn.functional.softplus(score)
+        return _risk(hidden, *self._weights())
+
+    def compiled(self, hidden: Tensor) -> Tensor:
+        """The same by a compiled program, up to rounding; by `forward` where torch has none."""
+        return _compiled_risk(hidden, *self._weights())
+
+    def _weights(self) -> tuple[Any, ...]:
+        norm = self.norm
+        return (
+            self.project.weight, norm.weight, norm.bias, norm.eps, self.out.weight, self.out.bias,
+        )  # fmt: skip
 
     def packed(self) -> PackedProbe:
         """The weights as float32 arrays that share no memory with the probe."""
@@ -104,6 +134,7 @@ class ProbeManager(nn.Module):
         """
         super().__init__()
         self.probes = nn.ModuleList(probes)
+        self._graphs: ProbeGraphs | None = None
 
     @classmethod
     def build(cls, checkpoints: int, hidden_size: int, rank: int = 64) -> ProbeManager:
@@ -124,7 +155,39 @@ class ProbeManager(nn.Module):
         Returns:
             Risks, ``[...]``, float32.
         """
-        return cast(Tensor, self.probes[checkpoint](hidden))
+        probe = cast(LREProbe, self.probes[checkpoint])
+        if hidden.device.type == "cpu" or torch.is_grad_enabled():
+            return cast(Tensor, probe(hidden))
+        if self._graphs is not None and self._graphs.serves(hidden):
+            return self._graphs.risk(checkpoint, hidden)
+        return probe.compiled(hidden)
+
+    def setup_cuda_graph(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Capture each probe as a CUDA graph for batches of one size.
+
+        States of other sizes or types go through compiled probes as before. Moving the probes drops
+        the graphs.
+
+        Args:
+            rows: Rows of the batch.
+            dtype: Type of the base's hidden states.
+
+        Raises:
+            ConfigError: If the probes are not on a CUDA device, or `rows` is not positive.
+        """
+        probes = [cast(LREProbe, probe) for probe in self.probes]
+        weight = probes[0].project.weight if probes else torch.empty(0)
+        width = weight.shape[-1]
+        self._graphs = ProbeGraphs(probes, rows, width, dtype, weight.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ProbeManager:
+        self._graphs = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave graphs out: they cannot be copied."""
+        return {**self.__dict__, "_graphs": None}
 
     def native(self, checkpoint: int) -> PackedProbe:
         """The weights of one probe for the Rust core."""

@@ -42,6 +42,16 @@ class Placement:
     positions: IntArray
     tree: Mask
 
+    def of(self, rows: IntArray) -> Placement:
+        """The same for some rows.
+
+        Args:
+            rows: Which, in ascending order.
+        """
+        return Placement(
+            self.first[rows], self.length[rows], self.positions[rows], self.tree[rows]
+        )
+
     @property
     def nodes(self) -> int:
         """Nodes of the call, `n`."""
@@ -71,6 +81,14 @@ class RowPass(Protocol):
         """Whether open nodes may form a tree.
 
         Where not they are chains: each node sees those before it, a chain's beginning is kept.
+        """
+        ...
+
+    def rest(self, done: Mask) -> None:
+        """Spare rows whose texts have ended; nobody asks for their states or K/V any more.
+
+        Args:
+            done: Which rows, `[rows]`; holds until the next call.
         """
         ...
 

@@ -110,13 +110,16 @@ class ExactDecoding(ModeControl):
         k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
         if k is not None:
             watch = self._head_watch(session, run, k)
-            head = HeadDraft(run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch)
+            hits = self.config.head_hits[k] if self.config.head_hits else None
+            head = HeadDraft(
+                run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch, hits
+            )
         depth = self.shell.num_layers
         governor = governors.find(run, depth, state, head)
         keeps = prompt.stores and session.in_step
         loop = ExactLoop(
             run, depth, state, texts, chooser, head, governor,
-            keeps_states=keeps, meter=session.meter,
+            keeps_states=keeps, rests=not prompt.stores, meter=session.meter,
         )  # fmt: skip
         loop.begin(prompt.logits)
         loop.decode()

@@ -52,6 +52,7 @@ class ExactLoop:
         governor: Governor,
         *,
         keeps_states: bool = False,
+        rests: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         meter: CallMeter | None = None,
     ) -> None:
@@ -66,6 +67,7 @@ class ExactLoop:
             head: Drafts with an exit head; None for drafts from the text alone.
             governor: Says how much to draft.
             keeps_states: Whether `catch_up` will be asked for.
+            rests: Whether nobody wants K/V of rows behind their end.
             clock: Seconds.
             meter: Reports the tokens to a collector.
         """
@@ -79,6 +81,7 @@ class ExactLoop:
         self._governor = governor
         self._clock = clock
         self._meter = meter
+        self._rests = rests
         self._roots = np.zeros(state.rows, np.int64)
         self._loaded = state.length.copy()
         self._finals: list[tuple[Tensor, IntArray]] | None = [] if keeps_states else None
@@ -103,7 +106,7 @@ class ExactLoop:
     def cycle(self) -> None:
         """Draft, verify and accept once."""
         state, texts, governor = self._state, self._texts, self._governor
-        alive = ~texts.done
+        started, alive, had = self._clock(), ~texts.done, texts.new.copy()
         trees = [
             DraftTree(
                 int(self._roots[row]),
@@ -112,6 +115,8 @@ class ExactLoop:
             )
             for row in range(state.rows)
         ]
+        if self._rests:
+            self._run.rest(texts.done)
         cycle = governor.begin()
         entered = self._draft(trees, alive, cycle)
         begun = self._clock()
@@ -125,6 +130,8 @@ class ExactLoop:
             self._finals.append((gather_nodes(final, found.path), found.counts))
         state.length = state.length + found.counts
         self._roots = found.roots
+        cycle.gain = _least_gain(had, texts.new, ~texts.done)
+        cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
         self._report(cycle, trees, found, alive)
 
     def _report(
@@ -137,6 +144,7 @@ class ExactLoop:
         """Tell the governor how it went."""
         rows = np.flatnonzero(alive).tolist()
         cycle.nodes, cycle.rows = len(trees[0]), len(rows)
+        cycle.is_whole = bool(alive.all())
         cycle.tokens = int(found.counts.sum())
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
         self._governor.end(cycle, [trees[row] for row in rows], paths)
@@ -247,3 +255,8 @@ class ExactLoop:
                 states[row, filled[row] : filled[row] + count] = kept[row, :count]
             filled += counts
         return states
+
+
+def _least_gain(before: IntArray, after: IntArray, going: npt.NDArray[np.bool_]) -> float | None:
+    """How far the row furthest behind has moved; None when no row goes on."""
+    return float(after[going].min() - before[going].min()) if going.any() else None

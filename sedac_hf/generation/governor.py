@@ -22,6 +22,10 @@ _PROBE = 6  # cycles of a later try
 _FIRST_WAIT, _LONGEST_WAIT = 64, 1024  # cycles without drafts between tries
 # Drafting must promise this much more than doing without, since estimates are noisy.
 _MARGIN = 1.02
+# What no head's first eight candidates have been seen to hold more often, given true states.
+_BEST_COVER = 0.75
+_HIT_NODES = (2, 3, 5, 9)  # nodes of a tree of the root and a head's first 1, 2, 4 or 8
+_ROWS_SHARE = 0.7  # of the rows' mean, what the one furthest behind may be taken to gain
 
 
 @dataclass
@@ -36,6 +40,10 @@ class Cycle:
         verify: Seconds from the drafts to the next roots.
         rows: Rows that took part.
         tokens: Tokens that they gained together.
+        gain: Tokens that the row furthest behind gained; a batch ends when its last row does. None
+            for the mean of the rows.
+        rest: Seconds of everything else in the cycle.
+        is_whole: Whether no row had ended before; times of others say little of a whole batch.
     """
 
     on: bool = False
@@ -45,6 +53,9 @@ class Cycle:
     verify: float = 0.0
     rows: int = 1
     tokens: int = 1
+    gain: float | None = None
+    rest: float = 0.0
+    is_whole: bool = True
 
 
 class Governor:
@@ -62,6 +73,8 @@ class Governor:
         most_nodes: int = 16,
         most_levels: int = 4,
         width: int = 2,
+        rows: int = 1,
+        hits: Sequence[float] | None = None,
     ) -> None:
         """Begin with measured costs.
 
@@ -72,12 +85,18 @@ class Governor:
             most_nodes: Nodes verified at most.
             most_levels: Calls of the head at most.
             width: Nodes that each level behind the first expands; 1 where drafts are chains.
+            rows: Rows of the batch.
+            hits: How often the base's choice was found among the head's first 1, 2, 4 and 8; then
+                nothing needs to be tried before it is judged. None if nobody knows.
         """
         self.most_nodes, self.most_levels, self.width = most_nodes, most_levels, width
         self._full = full
         self._tail = tail
         self._level = [Tally(level, 2.0, 0.9) for _ in range(most_levels)]
         self._off = (Tally(1.0, 8.0), Tally(self._full.of(1), 8.0))  # tokens, seconds a cycle
+        # Of what drafts bring the rows on average, what the row furthest behind has of it.
+        self._share = Tally(1.0 if rows == 1 else _ROWS_SHARE, 4.0, 0.98)
+        self._rest = {on: Tally(0.0, 0.01, 0.95) for on in (True, False)}
         self._start_over()
         guesses = {matched: 1 - 0.6**matched for matched in range(1, _LONGEST + 1)}
         self._found = {
@@ -88,6 +107,29 @@ class Governor:
         self._cycles = self._tried = self._since_try = 0
         self._wait = _FIRST_WAIT
         self._left = _TRIAL if tail is not None else 0
+        if tail is not None and not self._can_pay(tail, level):
+            # At this batch size not even the best of heads would be worth a trial.
+            self._left, self._tried, self._wait = 0, _TRIAL, _LONGEST_WAIT
+        elif tail is not None and hits is not None:
+            self._expect(tail, level, hits)
+
+    def _expect(self, tail: PassCosts, level: float, hits: Sequence[float]) -> None:
+        """Begin with what one level of drafts would bring at the rates that `fit` has seen."""
+        options = [
+            (1 + hit * self.share, level + tail.of(nodes))
+            for nodes, hit in zip(_HIT_NODES, hits, strict=True)
+        ]
+        tokens, seconds = max(options, key=lambda option: option[0] / max(option[1], 1e-9))
+        self._on = (Tally(tokens, 8.0), Tally(seconds, 8.0))
+        self._left, self._tried = 0, _TRIAL
+
+    def _can_pay(self, tail: PassCosts, level: float) -> bool:
+        """Whether drafts could be worth their time if the head were as good as heads can be."""
+        tokens, best = 1.0, 0.0
+        for levels in range(1, self.most_levels + 1):
+            tokens += _BEST_COVER**levels
+            best = max(best, tokens / max(levels * level + tail.of(levels + 1), 1e-9))
+        return best > _MARGIN * self._rate_off
 
     def _start_over(self) -> None:
         """Take nothing for granted of what the head is worth."""
@@ -109,6 +151,11 @@ class Governor:
     @property
     def _rate_on(self) -> float:
         return self._on[0].value / max(self._on[1].value, 1e-9)
+
+    @property
+    def share(self) -> float:
+        """Of what drafts bring the rows on average, what the row furthest behind has of it."""
+        return min(max(self._share.value, 0.0), 1.0)
 
     @property
     def is_on(self) -> bool:
@@ -176,7 +223,7 @@ class Governor:
         """
         if level >= self.most_levels:
             return False
-        gain = parents * self._covered[min(depth + 1, _DEEPEST)].value
+        gain = parents * self._covered[min(depth + 1, _DEEPEST)].value * self.share
         return gain > self.rate * self._level[level].value
 
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
@@ -192,7 +239,8 @@ class Governor:
         most = max((len(row) for row in scores), default=0)
         best, best_size, gain = float("-inf"), max(least, 1), 0.0
         for size in range(1, most + 1):
-            gain += sum(row[size - 1] for row in scores if len(row) >= size) / rows
+            more = sum(row[size - 1] for row in scores if len(row) >= size) / rows
+            gain += more if size == 1 else more * self.share
             if size >= least:
                 net = gain - rate * costs.of(size)
                 if net > best:
@@ -213,18 +261,28 @@ class Governor:
     def _end(
         self, cycle: Cycle, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]
     ) -> None:
+        if cycle.is_whole:
+            self._time(cycle)
+        self._tried += cycle.on
+        for tree, path in zip(trees, paths, strict=True):
+            self._learn(tree, set(path), cycle.drafted)
+
+    def _time(self, cycle: Cycle) -> None:
+        """What the cycle took, and what it brought."""
         costs = self._tail if cycle.drafted and self._tail is not None else self._full
         costs.add(cycle.nodes, cycle.verify)
         for level, seconds in enumerate(cycle.levels[: self.most_levels]):
             self._level[level].add(min(seconds, 3 * self._level[level].value or seconds))
         way = self._on if cycle.on else self._off
-        way[0].add(cycle.tokens / max(cycle.rows, 1))
+        mean = cycle.tokens / max(cycle.rows, 1)
+        gain = mean if cycle.gain is None else cycle.gain
+        way[0].add(gain)
+        self._share.add(gain - 1, mean - 1)
+        rest = self._rest[cycle.on]
+        rest.add(min(cycle.rest, 3 * rest.value or cycle.rest))
         # Smoothed costs rather than the clock's: one hiccup must not decide.
         spent = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
-        way[1].add(spent + costs.of(cycle.nodes))
-        self._tried += cycle.on
-        for tree, path in zip(trees, paths, strict=True):
-            self._learn(tree, set(path), cycle.drafted)
+        way[1].add(spent + costs.of(cycle.nodes) + rest.value)
 
     def _learn(self, tree: DraftTree, kept: set[int], drafted: bool) -> None:
         """Which of the nodes whose parent was accepted were right themselves."""
@@ -249,6 +307,7 @@ class Governor:
             "drafting": self.is_on or self._left > 0,
             "cycles": self._cycles,
             "cycles_drafted": self._tried,
+            "share_of_last_row": self.share,
             "rate_drafting": self._rate_on if self._tried else None,
             "rate_without": self._rate_off,
             "pass_ms": _in_ms(self._full),

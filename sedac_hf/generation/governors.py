@@ -81,14 +81,16 @@ class Governors:
                 full = PassCosts(measure_passes(run, state, 0, depth, clock))
                 self._full[state.rows] = full
             if head is None:
-                found = Governor(full, width=width)
+                found = Governor(full, width=width, rows=state.rows)
             else:
                 tail = full
                 if head.layer >= 0:
                     costs = measure_passes(run, state, head.layer + 1, depth, clock)
                     tail = PassCosts(costs)
                 level = measure_level(head, state.rows, clock)
-                found = Governor(full, tail, level, width=width)
+                found = Governor(
+                    full, tail, level, width=width, rows=state.rows, hits=head.hits
+                )
             self._known[key] = found
             return found
 

@@ -43,6 +43,7 @@ class HeadDraft:
         tokens: Tensor | None,
         last: Tensor,
         watch: HeadWatch | None = None,
+        hits: Sequence[float] | None = None,
     ) -> None:
         """Draft with head `k`.
 
@@ -54,7 +55,10 @@ class HeadDraft:
             tokens: Token ids of the draft vocabulary; None for all.
             last: The prompt's last final-layer state, `[rows, 1, width]`.
             watch: Is shown every exit from true states once the base's own state is known.
+            hits: How often the base's choice is among the head's first 1, 2, 4 and 8; None if
+                nobody knows.
         """
+        self.hits = hits
         self._watch = watch
         self._root: tuple[Tensor, Tensor] | None = None  # states before and behind the head
         self.k = k

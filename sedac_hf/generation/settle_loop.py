@@ -54,6 +54,7 @@ class SettleLoop:
         *,
         max_pending: int = 8,
         keeps_states: bool = False,
+        rests: bool = False,
     ) -> None:
         """Prepare to decode.
 
@@ -67,6 +68,7 @@ class SettleLoop:
             last: The prompt's last final-layer state, `[rows, 1, width]`.
             max_pending: Tokens that may wait for their tails.
             keeps_states: Whether `settle` will be asked for the states of all tokens.
+            rests: Whether nobody wants K/V of rows behind their end.
         """
         self._run = run
         self._parts = parts
@@ -76,6 +78,7 @@ class SettleLoop:
         self._chooser = chooser
         self._last = last
         self._max_pending = max_pending
+        self._rests = rests
         rules = () if session.cascade is None else session.cascade.config.layers
         self._temperatures = [layer.temperature for layer in rules]
         # Heads that have not followed the prompt cannot be asked.
@@ -109,7 +112,7 @@ class SettleLoop:
 
     def _block(self, governor: ExitGovernor) -> None:
         """Some steps with exits or without, as the governor says; it learns what they took."""
-        acts = governor.begin()
+        acts, whole = governor.begin(), not self._texts.done.any()
         spent = {True: [0.0, 0], False: [0.0, 0]}
         for _ in range(BLOCK):
             # Catching up with tokens that have left is a cost of exits.
@@ -120,11 +123,14 @@ class SettleLoop:
             counts[1] += 1
             if self._texts.done.all():
                 break
-        for key, (seconds, steps) in spent.items():
+        # Steps of fewer rows say little of what those of a whole batch take.
+        for key, (seconds, steps) in spent.items() if whole else ():
             governor.end(key, int(steps), seconds)
 
     def _advance(self, acts: bool) -> None:
-        """One token for every row."""
+        """One token for every row that goes on."""
+        if self._rests:
+            self._run.rest(self._texts.done)
         output, record = self._step(acts)
         self._choose(self._run.logits(output)[:, 0], record)
 

@@ -48,7 +48,7 @@ def decode_settled(
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
     loop = SettleLoop(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
-        max_pending=model.config.max_pending, keeps_states=prompt.stores,
+        max_pending=model.config.max_pending, keeps_states=prompt.stores, rests=not prompt.stores,
     )  # fmt: skip
     governor = _governor(model, session, state.rows)
     loop.decode(prompt.logits, governor)

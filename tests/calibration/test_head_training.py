@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from sedac_hf.calibration import measurement
 from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.head_schedule import HeadSchedule
 from sedac_hf.calibration.head_training import (
-    HeadSchedule,
     WordSampler,
     batches_of,
     measure_agreement,
@@ -179,12 +180,8 @@ def test_an_exit_that_is_too_sure_is_cooled(
     shell, states = recorded
     head = build_exit_head(CheckpointSpec(1), shell)
 
-    def both(
-        shell: BaseShell, final: torch.Tensor, exited: torch.Tensor
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        logits = shell.logits(final[None])[0]
-        yield slice(0, len(final)), torch.log_softmax(logits, -1), scale * logits
-
-    monkeypatch.setattr("sedac_hf.calibration.measurement._both", both)
+    own = measurement._exit_logits
+    monkeypatch.setattr(measurement, "exit_states", lambda head, shell, batch: batch.final)
+    monkeypatch.setattr(measurement, "_exit_logits", lambda shell, state: scale * own(shell, state))
     found = fit_temperatures([head], shell, states, range(80, 110), torch.arange(VOCABULARY))
     assert found == [pytest.approx(expected)]

@@ -119,3 +119,21 @@ def test_token_mass_adds_up_to_the_tokens(llama: PreTrainedModel, tmp_path: Path
         states.batch([0], 0).top_probabilities.sum() + states.batch([1], 0).top_probabilities.sum()
     )
     assert mass.sum() == pytest.approx(float(kept), rel=1e-3)
+
+
+def test_batches_from_memory_are_those_from_disk(llama: PreTrainedModel, tmp_path: Path) -> None:
+    states = open_states(llama, tmp_path)
+    states.batch([0, 1], 0)  # not recorded yet: what is read now must not stay
+    states.record(BaseShell(llama), progress=False)
+    config = llama.config.get_text_config()
+    disk = BaseStates(
+        tmp_path, states.documents, [-1, 0], config.hidden_size, cache_bytes=0
+    )  # fmt: skip
+    for rows in ([0, 3], [3, 0, 1], [0, 3]):
+        for layer in (-1, 0):
+            found, expected = states.batch(rows, layer), disk.batch(rows, layer)
+            for name, value in vars(expected).items():
+                assert torch.equal(getattr(found, name), value), name
+            assert expected.states.any()
+    assert states._features.hits > 0
+    assert disk._features.hits == 0

@@ -201,3 +201,78 @@ def test_a_tally_forgets_its_guess() -> None:
     assert tally.value < 0.01
     tally.add(5.0, 0.0)
     assert tally.value < 0.01
+
+
+HITS = (0.4, 0.5, 0.6, 0.7)
+
+
+def costs(cost: Callable[[int], float]) -> PassCosts:
+    return PassCosts({nodes: cost(nodes) for nodes in SIZES})
+
+
+def test_what_fit_has_measured_spares_the_trial() -> None:
+    """Where drafts pay they begin at once, elsewhere not at all, and both may prove wrong."""
+    pays = Governor(costs(flat), costs(flat), 1.0, hits=HITS)
+    assert not pays.is_undecided
+    assert pays.is_on
+    assert pays.begin().on
+    assert pays.promise == pytest.approx(1.7 / (1.0 + flat(9)))
+    dear = Governor(costs(steep), costs(steep), 8.0, hits=HITS)
+    assert not dear.is_undecided
+    assert not any(dear.begin().on for _ in range(40))
+    machine = Machine(flat, 1.0, 0.0)
+    machine.run(pays, 300)
+    assert not pays.is_on
+    assert machine.run(pays, 1000) > 0.97
+
+
+def test_a_head_that_cannot_pay_at_all_is_not_tried() -> None:
+    hopeless = Governor(costs(steep), costs(steep), 20.0)
+    assert not hopeless.is_undecided
+    assert not any(hopeless.begin().on for _ in range(500))
+    assert Governor(costs(flat), costs(flat), 1.0).begin().on
+
+
+def test_a_batch_gains_what_the_row_furthest_behind_gains() -> None:
+    """Three tokens a cycle for one row and one for the other: the batch ends no sooner."""
+    uneven, even = (Governor(costs(flat), costs(flat), 2.0, rows=2) for _ in range(2))
+    tree = DraftTree(0, limit=8)
+    for governor, gain in ((uneven, 1.0), (even, 2.0)):
+        for _ in range(60):
+            cycle = governor.begin()
+            cycle.drafted, cycle.levels, cycle.nodes = cycle.on, [2.0] * cycle.on, 4
+            cycle.rows, cycle.tokens, cycle.gain = 2, 4 if cycle.on else 2, gain
+            if not cycle.on:
+                cycle.gain, cycle.nodes = 1.0, 1
+            cycle.verify = flat(cycle.nodes)
+            governor.end(cycle, [tree, tree], [[0], [0]])
+    assert even.is_on
+    assert even.share == pytest.approx(1.0, abs=0.05)
+    assert not uneven.is_on
+    assert uneven.share < 0.1
+
+
+def test_time_outside_of_passes_counts() -> None:
+    idle, busy = (Governor(costs(flat), costs(flat), 1.0, hits=HITS) for _ in range(2))
+    tree = DraftTree(0, limit=8)
+    for governor, rest in ((idle, 0.0), (busy, 20.0)):
+        for _ in range(100):
+            cycle = governor.begin()
+            cycle.drafted, cycle.levels, cycle.nodes = cycle.on, [1.0] * cycle.on, 5
+            cycle.tokens = 2 if cycle.on else 1
+            cycle.verify, cycle.rest = flat(5), rest if cycle.on else 0.0
+            governor.end(cycle, [tree], [[0]])
+    assert idle.is_on
+    assert not busy.is_on
+
+
+def test_cycles_of_fewer_rows_teach_no_times() -> None:
+    governor, tree = Governor(costs(flat), costs(flat), 1.0, rows=2, hits=HITS), DraftTree(0, 8)
+    before = governor.to_dict()
+    for _ in range(20):
+        cycle = governor.begin()
+        cycle.is_whole, cycle.verify, cycle.nodes = False, 500.0, 4
+        governor.end(cycle, [tree], [[0]])
+    after = governor.to_dict()
+    assert after["pass_ms"] == before["pass_ms"]
+    assert after["rate_drafting"] == before["rate_drafting"]

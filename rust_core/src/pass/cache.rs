@@ -127,6 +127,32 @@ impl RowCache {
         self.chunks.iter().flatten().flatten().map(|chunk| chunk.len * 8).sum()
     }
 
+    /// Some rows as a cache of their own, in that order, until they are given back. Nothing that
+    /// they hold is copied.
+    ///
+    /// # Errors
+    /// [`CoreError::Value`] if rows do not ascend or are not there.
+    pub fn lend(&mut self, rows: &[usize]) -> Result<Self> {
+        let ascend = rows.windows(2).all(|pair| pair[0] < pair[1]);
+        if !ascend || rows.last().is_some_and(|&last| last >= self.rows) {
+            let found = rows.last().map_or(0.0, |&last| last as f64);
+            return Err(CoreError::value("rows", "ascending rows of the cache", found));
+        }
+        let chunks = self.chunks.iter_mut();
+        let chunks = chunks.map(|of| rows.iter().map(|&row| std::mem::take(&mut of[row])).collect());
+        let chunks = chunks.collect();
+        Ok(Self { float: self.float, shapes: self.shapes.clone(), rows: rows.len(), chunks })
+    }
+
+    /// Takes back rows that were lent.
+    pub fn take_back(&mut self, rows: &[usize], lent: Self) {
+        for (own, lent) in self.chunks.iter_mut().zip(lent.chunks) {
+            for (&row, chunks) in rows.iter().zip(lent) {
+                own[row] = chunks;
+            }
+        }
+    }
+
     pub(crate) fn chunks(&self, layer: usize, row: usize) -> &[Chunk] {
         &self.chunks[layer][row]
     }

@@ -246,8 +246,9 @@ impl LayerStack {
     }
 
     /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` they
-    /// are run just as far as K and V of the last layer; `states` are left as they are.
-    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads))]
+    /// are run just as far as K and V of the last layer; `states` are left as they are. With
+    /// `rows` the tokens are those of some rows of the cache, in ascending order.
+    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, rows = None))]
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -262,10 +263,11 @@ impl LayerStack {
         start: usize,
         stop: Option<usize>,
         threads: usize,
+        rows: Option<PyReadonlyArray1<'_, i64>>,
     ) -> PyResult<()> {
         let tree = tree.as_array();
-        let (rows, nodes, open) = tree.dim();
-        let mut seen = Vec::with_capacity(rows * nodes);
+        let (count, nodes, open) = tree.dim();
+        let mut seen = Vec::with_capacity(count * nodes);
         for row in tree.outer_iter() {
             for node in row.rows() {
                 seen.push(node.iter().enumerate().filter(|&(_, &on)| on).map(|(i, _)| i).collect());
@@ -289,9 +291,17 @@ impl LayerStack {
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;
         let tokens = Tokens { states, feedback, at: &at, rotations: &turned };
-        Ok(py.detach(|| match stop {
+        let rows = rows.map(|rows| counts(&rows, "rows")).transpose()?;
+        let run = |cache: &mut RowCache| match stop {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),
             None => self.0.fill(cache, tokens, start, threads),
+        };
+        Ok(py.detach(|| {
+            let Some(rows) = rows else { return run(cache) };
+            let mut lent = cache.lend(&rows)?;
+            let done = run(&mut lent);
+            cache.take_back(&rows, lent);
+            done
         })?)
     }
 

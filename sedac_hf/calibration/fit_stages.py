@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
-_TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.70
+_TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.67
 # Steps of the walk. With `propagate` each costs true forwards over all documents; settled exits
 # share one.
 _RUNGS = {"propagate": 4, "settle": 12}

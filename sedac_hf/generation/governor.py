@@ -109,7 +109,8 @@ class Governor:
         self._left = _TRIAL if tail is not None else 0
         if tail is not None and not self._can_pay(tail, level):
             # At this batch size not even the best of heads would be worth a trial.
-            self._left, self._tried, self._wait = 0, _TRIAL, _LONGEST_WAIT
+            self._expect(tail, level, (0.0,) * len(_HIT_NODES))
+            self._wait = _LONGEST_WAIT
         elif tail is not None and hits is not None:
             self._expect(tail, level, hits)
 

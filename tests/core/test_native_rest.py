@@ -85,7 +85,7 @@ def test_texts_that_end_early_leave_the_others_as_they_are(mode, llama, monkeypa
     found = model.generate(ids, eos_token_id=stop, sedac_mode=mode, **GIVEN)
     assert model.exit_stats.runs_on == "native"
     assert torch.equal(found, expected)
-    assert max(rested) in (1, 2)
+    assert max(rested) >= 1
 
 
 def test_a_cache_that_is_handed_back_holds_every_row(llama, monkeypatch):

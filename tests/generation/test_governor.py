@@ -249,7 +249,7 @@ def test_a_batch_gains_what_the_row_furthest_behind_gains() -> None:
     assert even.is_on
     assert even.share == pytest.approx(1.0, abs=0.05)
     assert not uneven.is_on
-    assert uneven.share < 0.1
+    assert uneven.share < 0.3
 
 
 def test_time_outside_of_passes_counts() -> None:

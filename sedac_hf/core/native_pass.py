@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sedac_hf.core.native_cache import append_slots, check_layer, load_layer
 from sedac_hf.core.native_model import NativeModel, threads
-from sedac_hf.core.row_pass import BASE, IntArray, Placement
+from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
@@ -69,16 +69,13 @@ class NativePass:
         draft: tuple[nn.Linear, _core.OutputHead] | None,
     ) -> None:
         self._model = model
-        self._fixed = None if watching else parts
+        self._watching = watching
+        self._parts = parts
         self._shell = model.shell
         self._heads = model.exit_heads
         self._draft = draft
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
-
-    @property
-    def _parts(self) -> NativeParts:
-        return self._model.parts() if self._fixed is None else self._fixed
 
     @property
     def num_layers(self) -> int:
@@ -114,8 +111,7 @@ class NativePass:
         Raises:
             NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
         """
-        if self._fixed is None:
-            self._model.parts(thorough=True)
+        self._look_again(thorough=True)
         for layer in cache.layers:
             check_layer(layer)
         length = int(cache.get_seq_length())
@@ -153,6 +149,8 @@ class NativePass:
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
         """See `RowPass.embed`; positions play no part in bases that run natively."""
         del positions
+        # Every step begins here; to look at all weights in each of its calls would take long.
+        self._look_again()
         with torch.no_grad():
             found: Tensor = self._shell.base.get_input_embeddings()(tokens)
             return found.float()
@@ -193,15 +191,30 @@ class NativePass:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`; float32."""
-        parts = self._parts
-        return _logits(parts.output, hidden, self._shell.vocabulary_size)
+        states = _flat(hidden)
+        logits = torch.empty((len(states), self._shell.vocabulary_size), dtype=torch.float32)
+        self._parts.output.run(states, logits.numpy(), threads())
+        return logits.view(*hidden.shape[:-1], logits.shape[1])
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """See `RowPass.draft_logits`; float32."""
+    def best(self, hidden: Tensor) -> tuple[IntArray, Mask]:
+        """See `RowPass.best`."""
+        states, shape = _flat(hidden), hidden.shape[:-1]
+        words, sound = np.empty(len(states), np.int64), np.empty(len(states), np.bool_)
+        self._parts.output.best(states, words, sound, threads())
+        return words.reshape(shape), sound.reshape(shape)
+
+    def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
+        """See `RowPass.draft_top`."""
         if self._draft is None:
-            return self.logits(hidden)
-        linear, output = self._draft
-        return _logits(output, hidden, linear.out_features)
+            output, words = self._parts.output, self._shell.vocabulary_size
+        else:
+            words, output = self._draft[0].out_features, self._draft[1]
+        states = _flat(hidden)
+        found = np.empty((len(states), min(count, words)), np.int64)
+        chances = np.empty(found.shape, np.float32)
+        output.top(states, found, chances, threads())
+        shape = (*hidden.shape[:-1], found.shape[1])
+        return found.reshape(shape), chances.reshape(shape)
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
@@ -209,6 +222,11 @@ class NativePass:
             return
         whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
         self._cache(part).keep(*whole)
+
+    def _look_again(self, *, thorough: bool = False) -> None:
+        """Notice what has changed of the weights since the last step."""
+        if self._watching:
+            self._parts = self._model.parts(thorough=thorough)
 
     def _run(
         self,
@@ -223,9 +241,7 @@ class NativePass:
         width = hidden.shape[-1]
         # The core writes over what it is given.
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, width).contiguous()
-        given = None
-        if feedback is not None:
-            given = feedback.detach().float().reshape(-1, width).contiguous().numpy()
+        given = None if feedback is None else _flat(feedback)
         stack.run(
             self._cache(part),
             states.numpy(),
@@ -256,8 +272,7 @@ class NativePass:
         return found
 
 
-def _logits(output: _core.OutputHead, hidden: Tensor, words: int) -> Tensor:
-    states = hidden.detach().float().reshape(-1, hidden.shape[-1]).contiguous()
-    logits = torch.empty((states.shape[0], words), dtype=torch.float32)
-    output.run(states.numpy(), logits.numpy(), threads())
-    return logits.view(*hidden.shape[:-1], words)
+def _flat(hidden: Tensor) -> FloatArray:
+    """States one below the other, as the core reads them."""
+    states = hidden.detach().float().reshape(-1, hidden.shape[-1])
+    return np.ascontiguousarray(states.numpy())

@@ -275,6 +275,50 @@ class OutputHead:
         Raises:
             ValueError: If lengths do not fit.
         """
+    def best(
+        self,
+        states: FloatArray,
+        words: npt.NDArray[np.int64],
+        sound: npt.NDArray[np.bool_],
+        threads: int,
+    ) -> None:
+        """The word with the largest logit, the first of equal ones.
+
+        Args:
+            states: ``[tokens, width]``.
+            words: ``[tokens]``, written.
+            sound: Whether the logit is finite, ``[tokens]``, written. A logit that is not a number
+                counts as the largest.
+            threads: Threads to use at most.
+
+        Raises:
+            ValueError: If lengths do not fit.
+        """
+    def top(
+        self,
+        states: FloatArray,
+        words: npt.NDArray[np.int64],
+        chances: FloatArray,
+        threads: int,
+    ) -> None:
+        """The most probable words, the best first.
+
+        Args:
+            states: ``[tokens, width]``.
+            words: ``[tokens, count]``, written.
+            chances: Their probabilities, same shape, written; 0 beyond the vocabulary, NaN where a
+                logit is not a number.
+            threads: Threads to use at most.
+
+        Raises:
+            ValueError: If lengths do not fit.
+        """
+
+def pass_seconds() -> float:
+    """Seconds that calls of `LayerStack` and `OutputHead` have taken in this process.
+
+    What else a decode step takes is the interpreter's; see `sedac_hf.evaluation.core_share`.
+    """
 
 def pass_kernels() -> list[str]:
     """Kernels that this processor can run, the fastest last; SEDAC_KERNEL takes their names.

@@ -225,7 +225,8 @@ def _conditions(found: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> 
     yield (
         "Ratios: medians over batches of paired times of arms that took turns, with 95 % "
         "intervals where there are several batches. Loop gain: plain (our own loop without exits) "
-        "against generate(). Exit gain: the mode against plain."
+        "against generate(). Exit gain: the mode against plain on the same pass. (modules): on the "
+        "base's own modules, where the native pass serves otherwise."
     )
     if search and search["layer"] is not None:
         tried = ", ".join(str(layer) for layer in search["seconds_per_token"])

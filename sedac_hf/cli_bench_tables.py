@@ -12,6 +12,7 @@ __all__ = ["speed_table", "token_table"]
 
 _CELL = ("group", "batch", "mode")
 _RIVALS = {
+    "vs_modules": "vs base's\nmodules",
     "vs_assistant_early_exit": "vs early\nexit",
     "vs_prompt_lookup": "vs prompt\nlookup",
     "vs_llama_cpp": "vs\nllama.cpp",
@@ -38,7 +39,7 @@ def speed_table(rows: Rows) -> Table:
             _ratio(row, "vs_generate"),
             # Its interval stands in the row of plain, whose ratio to generate() it is.
             f"{row['loop_gain']:.2f}" if ours else "-",
-            _ratio(row, "vs_plain") if ours and row["mode"] != "plain" else "-",
+            _ratio(row, "vs_plain") if ours and not row["mode"].startswith("plain") else "-",
             *(_ratio(row, name) for name in timed),
         )
     return table

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from sedac_hf.cli_load import load
+from sedac_hf.cli_load import Loaded, load
+from sedac_hf.cli_run import encode_prompt
 from sedac_hf.cli_support import Screen
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.errors import SedacError
+from sedac_hf.evaluation.core_share import measure_core_share
 from sedac_hf.evaluation.pass_bench import PassTiming, time_passes
+from sedac_hf.evaluation.prompts import load_prompts
 
 __all__ = ["pass_info", "run_pass_bench"]
 
@@ -39,16 +42,24 @@ def run_pass_bench(
     lm = loaded.model.base_lm
     with screen.status("timing passes"):
         timings = time_passes(lm, rounds=rounds)
+    with screen.status("timing steps"):
+        shares = measure_core_share(loaded.model, _prompt(loaded))
     found = {
         "model": name,
         "dtype": loaded.dtype,
         "threads": torch.get_num_threads(),
         "kernel": NativeModel(BaseShell(lm)).parts().base.kernel,
         "passes": [asdict(timing) for timing in timings],
+        "outside_core": [{**asdict(each), "share": each.outside} for each in shares],
     }
     if not screen.as_json:
         title = f"{name}, {found['dtype']}, {found['threads']} threads, {found['kernel']}"
         screen.out.print(_table(timings, title))
+        for each in shares:
+            screen.out.print(
+                f"outside the core, {each.mode}: {each.outside:.1%} of a step "
+                f"({each.outside_ms:.2f} of {each.step_ms:.1f} ms, {each.steps} steps)"
+            )
     return found
 
 
@@ -68,6 +79,11 @@ def pass_info(name: str, screen: Screen) -> dict[str, Any]:
         return {"runs_on": None, "runs_on_reason": f"it cannot be loaded: {error}"}
     choice = loaded.model.pass_choice()
     return {"runs_on": choice.name, "runs_on_reason": choice.reason or None}
+
+
+def _prompt(loaded: Loaded) -> list[int]:
+    ids: list[int] = encode_prompt(loaded, load_prompts("chat")[0])["input_ids"][0].tolist()
+    return ids
 
 
 def _table(timings: Sequence[PassTiming], title: str) -> Table:

@@ -28,8 +28,10 @@ __all__ = ["ModeControl"]
 
 logger = logging.get_logger(__name__)
 
-# Per thread of control: models whose exits are disabled, and cascades standing in for their own.
+# Per thread of control: models whose exits are disabled, those that run on their base's modules,
+# and cascades standing in for their own.
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("sedac_disabled", default=frozenset())
+_ON_MODULES: ContextVar[frozenset[int]] = ContextVar("sedac_on_modules", default=frozenset())
 _REPLACED: ContextVar[Mapping[int, CascadeConfig] | None] = ContextVar(
     "sedac_cascade", default=None
 )
@@ -99,6 +101,18 @@ class ModeControl(Measured, CalibrationMethods):
             yield
         finally:
             _DISABLED.reset(token)
+
+    @contextmanager
+    def native_disabled(self) -> Iterator[None]:
+        """Inside the block, in this thread, calls run on the base's own modules."""
+        token = _ON_MODULES.set(_ON_MODULES.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _ON_MODULES.reset(token)
+
+    def _native_is_disabled(self) -> bool:
+        return id(self) in _ON_MODULES.get()
 
     def _mode(self, asked: str | None) -> str:
         """The mode that a call runs in."""

@@ -90,11 +90,11 @@ def test_there_is_a_row_for_each_mode_group_and_batch_with_all_figures(
 ) -> None:
     rows = report["printed"]["rows"]
     named = [(row["batch"], row["group"], row["mode"]) for row in rows]
-    modes = ("exact", "certified", "plain", "off")
+    modes = ("exact", "certified", "plain", "off", "exact (modules)", "plain (modules)")
     assert named == [(b, g, m) for b in (1, 4) for g in ("chat", "grounded") for m in modes]
     needed = {
         "acceptance", "tokens_per_tail_pass", "head_share", "token_equal", "token_checked",
-        "divergence_gap", "divergence_units", "notes", "prompts",
+        "divergence_gap", "divergence_units", "notes", "prompts", "runs_on", "vs_modules",
         *RATIOS, *(f"{name}_ci95" for name in RATIOS),
     }  # fmt: skip
     for row in rows:
@@ -131,7 +131,7 @@ def test_tables_show_gains_apart_and_what_was_left_out(
 ) -> None:
     result = sedac("bench", artefact, *SMALL, "--modes", "plain,certified", "-o", tmp_path)
     assert result.exit_code == 0
-    for words in ("loop", "exit", "gain", "certified", "Conditions: micro-sedac in ",
+    for words in ("loop", "exit", "vs base's", "plain (modules)", "gain", "certified", "Conditions: micro-sedac in ",
                   "batch 1 only", "left out: llama.cpp", "exits are off", "drafts"):  # fmt: skip
         assert words in result.stdout
     assert "vs early" not in result.stdout  # a rival that was never timed has no column
@@ -153,10 +153,11 @@ def test_a_bfloat16_run_is_checked_in_float32(
 ) -> None:
     options = (*SMALL, "--modes", "plain", "--dtype", "bfloat16", "--json", "-o", tmp_path)
     values = json.loads(sedac("bench", artefact, *options).stdout)
-    (row,) = values["rows"]
+    assert [row["mode"] for row in values["rows"]] == ["plain", "plain (modules)"]
     assert values["conditions"]["dtype"] == "bfloat16"
-    assert row["token_equal"] is True
-    assert row["token_checked"] == 2
+    for row in values["rows"]:
+        assert row["token_equal"] is True
+        assert row["token_checked"] == 2
 
 
 def test_threads_and_logging_are_as_before(sedac: Runner, artefact: Path, tmp_path: Path) -> None:
@@ -222,6 +223,10 @@ def test_passes_are_timed_beside_torch(sedac: Runner, artefact: Path, tmp_path: 
     table = sedac("bench", artefact, *options).stdout
     assert "torch" in table
     assert values["kernel"] in table
+    shares = {each["mode"]: each["share"] for each in values["outside_core"]}
+    assert {"plain", "exact"} <= set(shares)
+    assert all(0 < share < 1 for share in shares.values())
+    assert "outside the core, plain:" in table
     assert not (tmp_path / "kept").exists()
 
 

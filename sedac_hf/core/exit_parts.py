@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor
 
 from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
+from sedac_hf.core.choose_pass import PassChoices
 from sedac_hf.core.decoder_loop import ExitParts, LayerPass
 from sedac_hf.core.draft_head import DraftHead
 from sedac_hf.core.exit_cache import ExitCache
@@ -16,13 +17,10 @@ from sedac_hf.core.kv_fill import KVFill
 from sedac_hf.core.support import module_device
 from sedac_hf.core.weights import WeightWatch
 from sedac_hf.errors import ConfigError
-from sedac_hf.generation.exit_governor import ExitGovernors
-from sedac_hf.generation.governors import Governors
 
 if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.base_shell import BaseShell
-    from sedac_hf.core.choose_pass import PassChoice
     from sedac_hf.core.probe_inference import ProbeManager
 
 __all__ = ["Assembly", "build_heads", "check_cascade", "check_modules"]
@@ -33,9 +31,8 @@ class Assembly:
 
     Attributes:
         parts: What the loop works with.
-        pass_choice: What runs loops that draft and verify; None until it was asked for.
-        governors: What is known of the speed of drafting.
-        exit_governors: What is known of the speed of final exits.
+        choices: What runs loops that draft and verify, with what is known of the speed of drafts
+            and exits.
     """
 
     def __init__(
@@ -57,9 +54,6 @@ class Assembly:
         self._fill = KVFill(shell, first)
         self._probe_watch: WeightWatch | None = None
         self._controllers: dict[CascadeConfig, CascadeController] = {}
-        self.pass_choice: PassChoice | None = None
-        self.governors = Governors()
-        self.exit_governors = ExitGovernors()
         self.parts = ExitParts(
             shell=shell,
             passes=LayerPass(shell, self._fill),
@@ -68,6 +62,7 @@ class Assembly:
             draft=DraftHead(shell, draft_vocabulary),
             layout=ExitCache(shell.num_layers, heads),
         )
+        self.choices = PassChoices(self.parts)
 
     @property
     def fill(self) -> KVFill:

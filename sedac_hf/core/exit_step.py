@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,7 @@ class ExitStep:
         rule: CascadeController | None = None,
         hold: Callable[[Mask], Mask] | None = None,
         follows: bool = False,
+        chance: Callable[[Tensor], npt.NDArray[np.float32]] | None = None,
     ) -> None:
         """Begin a step.
 
@@ -60,12 +62,15 @@ class ExitStep:
                 full depth says.
             follows: Whether rows that have left come to later checkpoints all the same, and their
                 risks there are wanted.
+            chance: Largest probability that exit states `[rows, 1, width]` give to a word of the
+                draft vocabulary, `[rows, 1]`; None to ask the base's modules.
         """
         rows = hidden.shape[0]
         assert session.cascade is not None
         self._parts = parts
         self._cascade: CascadeController = session.cascade if rule is None else rule
         self._hold = hold
+        self._chance = partial(top_probability, parts) if chance is None else chance
         self.held = np.full(rows, -1, np.int64)
         self._held_exits: Tensor | None = None
         self._follows = follows
@@ -115,7 +120,7 @@ class ExitStep:
             # Only rows that try need logits.
             picked = exit_states[torch.from_numpy(leaving).to(exit_states.device)]
             probability = np.full(len(leaving), np.nan, np.float32)
-            probability[leaving] = top_probability(self._parts, picked)[:, 0]
+            probability[leaving] = self._chance(picked)[:, 0]
             self.record.probabilities[leaving, k] = probability[leaving]
             leaving = leaving & (probability >= least)
         if not leaving.any():

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["ModulePass", "cache_fits", "layer_windows", "readable_layers"]
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
 
 # Kinds of layers whose K/V lie in order; others (quantised, offloaded by a class of their own)
 # keep them in forms that cannot be taken over.
@@ -127,8 +129,19 @@ class ModulePass:
         """See `RowPass.logits`."""
         return self._parts.shell.logits(hidden)
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """See `RowPass.draft_logits`."""
+    def best(self, hidden: Tensor) -> tuple[IntArray, Mask]:
+        """See `RowPass.best`."""
+        top = self.logits(hidden).max(-1)
+        return np.asarray(top.indices.cpu()), np.asarray(torch.isfinite(top.values).cpu())
+
+    def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
+        """See `RowPass.draft_top`."""
+        logits = self._draft_logits(hidden).float()
+        top = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        chances = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
+        return np.asarray(top.indices.cpu()), np.asarray(chances.cpu())
+
+    def _draft_logits(self, hidden: Tensor) -> Tensor:
         return self._parts.shell.logits(hidden, vocabulary=self._parts.draft.linear)
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from sedac_hf import _core
 from sedac_hf.core.exit_heads import ExitBlock
+from sedac_hf.core.huge_pages import join_pages
 from sedac_hf.core.native_layers import (
     DTYPES,
     LayerSetting,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
 
 __all__ = ["NativeModel", "NativeParts"]
+
+# What holds for one object in one process.
+_OWN = ("_parts", "_refused", "_reason", "_joined", "_lock")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ class NativeModel:
         self._parts: NativeParts | None = None
         self._reason: str | None = None
         self._refused: list[Any] | None = None
+        self._joined: list[int] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -138,6 +143,9 @@ class NativeModel:
             self._refused = self._state() if state is None else state
             raise NotNativeError(self._reason) from error
         self._parts, self._reason, self._refused = parts, None, None
+        if self._joined != (addresses := parts.marks[0]):
+            self._joined = addresses
+            join_pages(parts.tensors)
         return parts
 
     def _state(self) -> list[Any]:
@@ -212,7 +220,7 @@ class NativeModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out addresses and the lock: they mean nothing in a copy."""
-        return {**self.__dict__, "_parts": None, "_refused": None, "_reason": None, "_lock": None}
+        return {**self.__dict__, **dict.fromkeys(_OWN)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a lock of its own."""

@@ -7,7 +7,8 @@ transformers cache and comes back is the same bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from sedac_hf.core.native_cache import append_slots, check_layer, load_layer
 from sedac_hf.core.native_model import NativeModel, threads
-from sedac_hf.core.row_pass import BASE, IntArray, Mask, Placement
+from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from sedac_hf.core.native_model import NativeParts
 
 __all__ = ["NativePass"]
+
+Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
 
 
 class NativePass:
@@ -69,17 +72,14 @@ class NativePass:
         draft: tuple[nn.Linear, _core.OutputHead] | None,
     ) -> None:
         self._model = model
-        self._fixed = None if watching else parts
+        self._watching = watching
+        self._parts = parts
         self._shell = model.shell
         self._heads = model.exit_heads
         self._draft = draft
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
         self._going: IntArray | None = None  # rows that are still run; None for all
-
-    @property
-    def _parts(self) -> NativeParts:
-        return self._model.parts() if self._fixed is None else self._fixed
 
     @property
     def num_layers(self) -> int:
@@ -120,8 +120,7 @@ class NativePass:
         Raises:
             NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
         """
-        if self._fixed is None:
-            self._model.parts(thorough=True)
+        self._look_again(thorough=True)
         for layer in cache.layers:
             check_layer(layer)
         length = int(cache.get_seq_length())
@@ -159,6 +158,8 @@ class NativePass:
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
         """See `RowPass.embed`; positions play no part in bases that run natively."""
         del positions
+        # Every step begins here; to look at all weights in each of its calls would take long.
+        self._look_again()
         with torch.no_grad():
             found: Tensor = self._shell.base.get_input_embeddings()(tokens)
             return found.float()
@@ -199,25 +200,55 @@ class NativePass:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`; float32."""
-        return self._logits(self._parts.output, hidden, self._shell.vocabulary_size)
+        words = self._shell.vocabulary_size
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """See `RowPass.draft_logits`; float32."""
+        def give(states: FloatArray) -> tuple[FloatArray]:
+            logits = torch.empty((len(states), words), dtype=torch.float32)
+            self._parts.output.run(states, logits.numpy(), threads())
+            return (logits.numpy(),)
+
+        return torch.from_numpy(self._of_rows(hidden, give)[0])
+
+    def best(self, hidden: Tensor) -> tuple[IntArray, Mask]:
+        """See `RowPass.best`."""
+
+        def give(states: FloatArray) -> tuple[IntArray, Mask]:
+            words, sound = np.empty(len(states), np.int64), np.empty(len(states), np.bool_)
+            self._parts.output.best(states, words, sound, threads())
+            return words, sound
+
+        return self._of_rows(hidden, give)
+
+    def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
+        """See `RowPass.draft_top`."""
         if self._draft is None:
-            return self.logits(hidden)
-        linear, output = self._draft
-        return self._logits(output, hidden, linear.out_features)
+            output, words = self._parts.output, self._shell.vocabulary_size
+        else:
+            words, output = self._draft[0].out_features, self._draft[1]
 
-    def _logits(self, output: _core.OutputHead, hidden: Tensor, words: int) -> Tensor:
-        """Logits of the rows that still go on; zeros for the others."""
+        def give(states: FloatArray) -> tuple[IntArray, FloatArray]:
+            found = np.empty((len(states), min(count, words)), np.int64)
+            chances = np.empty(found.shape, np.float32)
+            output.top(states, found, chances, threads())
+            return found, chances
+
+        return self._of_rows(hidden, give)
+
+    def _of_rows(self, hidden: Tensor, give: Callable[[FloatArray], Arrays]) -> Arrays:
+        """What an output layer makes of the rows that go on; zeros for the others."""
+        going = self._going
         # States of some rows only, as a caller may pick them, are taken as they are.
-        if self._going is None or len(hidden) != len(self._loaded):
-            return _logits(output, hidden, words)
-        found = torch.zeros((*hidden.shape[:-1], words))
-        some = torch.from_numpy(self._going)
-        if len(some):
-            found[some] = _logits(output, hidden[some], words)
-        return found
+        if going is None or len(hidden) != len(self._loaded):
+            found = give(_flat(hidden))
+            shaped = (part.reshape(*hidden.shape[:-1], *part.shape[1:]) for part in found)
+            return cast(Arrays, tuple(shaped))
+        some = hidden[torch.from_numpy(going)]
+        whole = []
+        for part in give(_flat(some)):
+            room = np.zeros((*hidden.shape[:-1], *part.shape[1:]), part.dtype)
+            room[going] = part.reshape(*some.shape[:-1], *part.shape[1:])
+            whole.append(room)
+        return cast(Arrays, tuple(whole))
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
@@ -225,6 +256,11 @@ class NativePass:
             return
         whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
         self._cache(part).keep(*whole)
+
+    def _look_again(self, *, thorough: bool = False) -> None:
+        """Notice what has changed of the weights since the last step."""
+        if self._watching:
+            self._parts = self._model.parts(thorough=thorough)
 
     def _run(
         self,
@@ -276,9 +312,7 @@ class NativePass:
         width = hidden.shape[-1]
         # The core writes over what it is given.
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, width).contiguous()
-        given = None
-        if feedback is not None:
-            given = feedback.detach().float().reshape(-1, width).contiguous().numpy()
+        given = None if feedback is None else _flat(feedback)
         stack.run(
             self._cache(part),
             states.numpy(),
@@ -310,8 +344,7 @@ class NativePass:
         return found
 
 
-def _logits(output: _core.OutputHead, hidden: Tensor, words: int) -> Tensor:
-    states = hidden.detach().float().reshape(-1, hidden.shape[-1]).contiguous()
-    logits = torch.empty((states.shape[0], words), dtype=torch.float32)
-    output.run(states.numpy(), logits.numpy(), threads())
-    return logits.view(*hidden.shape[:-1], words)
+def _flat(hidden: Tensor) -> FloatArray:
+    """States one below the other, as the core reads them."""
+    states = hidden.detach().float().reshape(-1, hidden.shape[-1])
+    return np.ascontiguousarray(states.numpy())

@@ -62,6 +62,7 @@ class PromptReader:
         rows: int,
         first: IntArray | None,
         *,
+        only: int | None = None,
         keeps_states: bool,
     ) -> None:
         """Take over what the cache holds.
@@ -73,6 +74,7 @@ class PromptReader:
             cache: The call's cache, empty or not; `NativePass.store` alone will fill it.
             rows: Rows of the call.
             first: First slot of each row that is no padding, `[rows]`; None without padding.
+            only: The head that will be asked; None if all must follow.
             keeps_states: Whether `states` is wanted.
 
         Raises:
@@ -84,11 +86,15 @@ class PromptReader:
         self._parts = parts
         wanted = session.cascade is not None or session.drafts
         follows = wanted and heads_follow(parts.layout, session, cache)
-        self._heads = parts.heads if follows else ()
+        self._heads = [
+            (k, head)
+            for k, head in enumerate(parts.heads if follows else ())
+            if only is None or k == only
+        ]
         self.length = int(run.load(cache, rows).max(initial=0))
         self._cache = cache
         self._first = np.zeros(rows, np.int64) if first is None else first
-        self._feeds = follows and parts.layout.has_feedback
+        self._feeds = any(head.spec.feedback for _, head in self._heads)
         self._keeps_states = keeps_states and self._feeds
         width = int(parts.shell.base.config.hidden_size)
         self.last = torch.zeros((rows, 1, width))
@@ -153,10 +159,10 @@ class PromptReader:
     def _read(self, hidden: Tensor, at: Placement) -> None:
         run, depth, layer = self._run, self._parts.shell.num_layers, 0
         waiting = []
-        for head in self._heads:
+        for k, head in self._heads:
             hidden = run.layers(hidden, at, layer, head.layer_idx + 1)
             layer = head.layer_idx + 1
-            waiting.append(hidden)
+            waiting.append((k, hidden))
         if self._feeds or layer == depth:
             final = run.layers(hidden, at, layer, depth)
         else:
@@ -170,7 +176,7 @@ class PromptReader:
             # A text's first token has no predecessor.
             follows = torch.from_numpy(at.slots > self._first[:, None]).unsqueeze(-1)
             feedback = torch.cat([self.last, final[:, :-1]], dim=1) * follows
-        for k, states in enumerate(waiting):
+        for k, states in waiting:
             run.fill(k, states, feedback, at)
         if self._keeps_states:
             self.states.append(final)

@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = ["BASE", "Placement", "RowPass"]
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 
 BASE = -1  # the base's own layers, where a part is asked for; heads are 0, 1, ...
@@ -177,8 +178,28 @@ class RowPass(Protocol):
         """
         ...
 
-    def draft_logits(self, hidden: Tensor) -> Tensor:
-        """The same over the draft vocabulary, `[rows, n, draft vocabulary]`."""
+    def best(self, hidden: Tensor) -> tuple[IntArray, Mask]:
+        """The word with the largest of these logits, the first of equal ones.
+
+        Args:
+            hidden: As for `logits`.
+
+        Returns:
+            Words, and whether their logits are finite, `[rows, n]` each.
+        """
+        ...
+
+    def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
+        """The most probable words of the draft vocabulary, the best first.
+
+        Args:
+            hidden: States for the final norm, `[rows, n, width]`.
+            count: Words of each node; no more than there are.
+
+        Returns:
+            Their places in the draft vocabulary, and their probabilities in it, NaN where a logit
+            is not a number, `[rows, n, count]` each.
+        """
         ...
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from sedac_hf.errors import CalibrationError
 if TYPE_CHECKING:
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["Arm", "Batch", "base_arm", "make_batches", "mode_arm"]
+__all__ = ["Arm", "Batch", "base_arm", "make_batches", "mode_arm", "on_modules"]
 
 
 @dataclass(frozen=True)
@@ -123,17 +124,32 @@ def base_arm(model: SedacForCausalLM, settings: dict[str, Any], **extra: Any) ->
     )
 
 
-def mode_arm(model: SedacForCausalLM, mode: str, settings: dict[str, Any]) -> Arm:
+def mode_arm(
+    model: SedacForCausalLM, mode: str, settings: dict[str, Any], *, native: bool = True
+) -> Arm:
     """`generate` of the wrapped model in a mode.
 
     Args:
         model: The wrapped model.
         mode: The mode.
         settings: Arguments of `generate`.
+        native: Whether the native pass may serve; else the base's own modules do.
     """
     generate: Callable[..., Tensor] = model.generate
-    return Arm(
-        lambda batch: generate(
-            input_ids=batch.ids, attention_mask=batch.mask, sedac_mode=mode, **settings
-        )
-    )
+
+    def write(batch: Batch) -> Tensor:
+        with nullcontext() if native else model.native_disabled():
+            return generate(
+                input_ids=batch.ids, attention_mask=batch.mask, sedac_mode=mode, **settings
+            )
+
+    return Arm(write)
+
+
+def on_modules(mode: str) -> str:
+    """The name of the arm that runs a mode on the base's own modules.
+
+    Args:
+        mode: The mode.
+    """
+    return f"{mode} (modules)"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sedac_hf.evaluation.agreement import Divergence, base_logits, divergences, rows_equal
-from sedac_hf.evaluation.arms import Arm, Batch, base_arm, make_batches, mode_arm
+from sedac_hf.evaluation.arms import Arm, Batch, base_arm, make_batches, mode_arm, on_modules
 from sedac_hf.evaluation.bench_budget import EARLY_EXIT_CALLS, Budget
 from sedac_hf.evaluation.bench_plan import BenchPlan
 from sedac_hf.evaluation.bench_rows import Measured, build_row
@@ -105,10 +105,15 @@ class _Bench:
         self._llama = llama
         self._in_float32 = in_float32
         self._reference = model if model.dtype == torch.float32 else None
-        self._budget = Budget(plan)
+        choice = model.pass_choice()
+        self._native = choice.name == "native"
+        self._budget = Budget(plan, native=self._native)
         self._result = BenchResult()
         self._cells_done = 0
         self._modes: list[str] = []
+        if not self._native:
+            reason = f"every mode runs on them here ({choice.reason})"
+            self._result.left_out.append(f"rows of the base's modules apart: {reason}")
 
     def run(self, prompts: Prompts, progress: Progress) -> BenchResult:
         plan, result = self._plan, self._result
@@ -161,7 +166,7 @@ class _Bench:
         return found
 
     def _rows(self, cell: Measured) -> list[dict[str, Any]]:
-        names = [*self._modes, *(["llama_cpp"] if "llama_cpp" in cell.seconds else [])]
+        names = [*self._names(cell.rows), *(["llama_cpp"] if "llama_cpp" in cell.seconds else [])]
         share, seed = head_share(self._model), self._plan.seed
         return [build_row(cell, name, head_share=share, seed=seed) for name in names]
 
@@ -169,10 +174,11 @@ class _Bench:
         model, plan, begun = self._model, self._plan, self._budget.spent
         rows = len(batches[0].ids)
         settings = greedy_settings(model, plan.tokens)
-        arms = _modes(model, self._modes, settings)
+        names = self._names(rows)
+        arms = _arms(model, names, settings)
         rivals, reasons = self._rivals(batches[0], settings)
         arms |= rivals
-        counted = {mode: fresh_stats(model) for mode in self._modes if mode != "off"}
+        counted = {name: fresh_stats(model) for name in names if name != "off"}
         seconds = take_turns(
             model,
             arms,
@@ -183,8 +189,8 @@ class _Bench:
             limit=limit,
         )
         batches = batches[: seconds["generate"].shape[1]]
-        equal = self._equal(batches, arms, settings)
-        apart = {mode: _apart(model, batches, arms, mode) for mode in self._modes}
+        equal = self._equal(batches, names, arms, settings)
+        apart = {name: _apart(model, batches, arms, name) for name in names}
         self._budget.learn(self._budget.spent - begun, batches)
         self._cells_done += 1
         return Measured(
@@ -193,7 +199,7 @@ class _Bench:
             batches=batches,
             arms=arms,
             seconds=seconds,
-            counts={mode: stats.to_dict() for mode, stats in counted.items()},
+            counts={name: stats.to_dict() for name, stats in counted.items()},
             equal=equal,
             apart=apart,
             reasons=reasons,
@@ -224,31 +230,40 @@ class _Bench:
             arms["llama_cpp"] = self._llama
         return arms, reasons
 
+    def _names(self, rows: int) -> list[str]:
+        """The arms that get rows: modes, and those of them that also run on the modules."""
+        second = self._plan.second_modes(rows) if self._native else ()
+        return [*self._modes, *(on_modules(mode) for mode in second if mode in self._modes)]
+
     def _equal(
-        self, batches: Sequence[Batch], arms: Mapping[str, Arm], settings: dict[str, Any]
+        self,
+        batches: Sequence[Batch],
+        names: Sequence[str],
+        arms: Mapping[str, Arm],
+        settings: dict[str, Any],
     ) -> dict[str, list[bool]]:
-        """By mode, whether each row has the base's tokens in float32."""
+        """By arm, whether each row has the base's tokens in float32."""
         checked = batches
         if self._model.dtype != torch.float32:
             if self._reference is None and self._in_float32 is not None:
                 self._reference = self._in_float32()
             if self._reference is None:
                 return {}
-            arms = _modes(self._reference, self._modes, settings)
+            arms = _arms(self._reference, names, settings)
             checked = batches[: self._plan.checked]
             with keep_stats(self._reference):
                 for arm in arms.values():
                     for batch in checked:
                         arm(batch)
         return {
-            mode: [
+            name: [
                 same
                 for batch in checked
                 for same in rows_equal(
-                    arms[mode].texts[batch.index], arms["generate"].texts[batch.index]
+                    arms[name].texts[batch.index], arms["generate"].texts[batch.index]
                 )
             ]
-            for mode in self._modes
+            for name in names
         }
 
     def _notes(self) -> dict[str, list[str]]:
@@ -266,22 +281,24 @@ class _Bench:
 
 
 def _apart(
-    model: SedacForCausalLM, batches: Sequence[Batch], arms: Mapping[str, Arm], mode: str
+    model: SedacForCausalLM, batches: Sequence[Batch], arms: Mapping[str, Arm], name: str
 ) -> list[Divergence]:
-    """Where the rows of a mode part from the base's text."""
+    """Where the rows of an arm part from the base's text."""
     logits, found = base_logits(model), list[Divergence]()
     for batch in batches:
-        ours, theirs = (arms[name].texts[batch.index] for name in (mode, "generate"))
+        ours, theirs = (arms[each].texts[batch.index] for each in (name, "generate"))
         found += divergences(batch, ours, theirs, logits)
     return found
 
 
-def _modes(
-    model: SedacForCausalLM, modes: Sequence[str], settings: dict[str, Any]
+def _arms(
+    model: SedacForCausalLM, names: Sequence[str], settings: dict[str, Any]
 ) -> dict[str, Arm]:
-    """The base's own call and ours in each mode; plain always, to tell loop and exits apart."""
-    names = dict.fromkeys(("plain", *modes))
-    return {
-        "generate": base_arm(model, settings),
-        **{mode: mode_arm(model, mode, settings) for mode in names},
-    }
+    """The base's own call and ours; plain always, to tell loop and exits apart."""
+    second = [name for name in names if name.endswith(on_modules(""))]
+    every = dict.fromkeys(("plain", *names, *([on_modules("plain")] if second else [])))
+    arms = {"generate": base_arm(model, settings)}
+    for name in every:
+        mode = name.removesuffix(on_modules(""))
+        arms[name] = mode_arm(model, mode, settings, native=mode == name)
+    return arms

@@ -21,13 +21,15 @@ _MARGIN = 1.5
 class Budget:
     """Deals the time that is left out to the cells that are left, by their work."""
 
-    def __init__(self, plan: BenchPlan) -> None:
+    def __init__(self, plan: BenchPlan, *, native: bool = False) -> None:
         """Start the clock.
 
         Args:
             plan: What is to be measured, and in which time.
+            native: Whether the native pass serves, so that some modes are run twice.
         """
         self._plan = plan
+        self._native = native
         self._begun = time.monotonic()
         self._rate = 0.0  # seconds for a unit of work
 
@@ -83,6 +85,8 @@ class Budget:
         if not self._plan.quick:
             calls += min(self._plan.warm_up or len(batches), len(batches))
         arms = 2 + len(self._plan.modes)
+        if self._native and (second := self._plan.second_modes(rows)):
+            arms += len({"plain", *second})
         if rows == 1:
             arms += 1 + EARLY_EXIT_CALLS
         length = max(batch.ids.shape[1] for batch in batches)

@@ -11,6 +11,8 @@ from sedac_hf.evaluation.prompts import PROMPT_GROUPS
 __all__ = ["BENCH_MODES", "BenchPlan"]
 
 BENCH_MODES = ("exact", "certified", "plain", "off")
+# Modes that are also run on the base's own modules where the native pass serves them.
+_ON_MODULES = ("exact", "plain")
 _QUICK_SECONDS = 480.0
 
 
@@ -91,3 +93,13 @@ class BenchPlan:
             cells: How many cells were measured before; in a quick run they have warmed up the rest.
         """
         return 0 if self.quick and cells else self.warm_up
+
+    def second_modes(self, rows: int) -> tuple[str, ...]:
+        """Modes that get a second row, on the base's own modules, where the native pass serves.
+
+        Args:
+            rows: Batch size; a quick run has such rows at batch 1 only.
+        """
+        if self.quick and rows > 1:
+            return ()
+        return tuple(mode for mode in self.modes if mode in _ON_MODULES)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_hf.evaluation.agreement import Divergence
-from sedac_hf.evaluation.arms import Arm, Batch
+from sedac_hf.evaluation.arms import Arm, Batch, on_modules
 from sedac_hf.evaluation.benchmark import ratio_of
 
 __all__ = ["OPPONENTS", "RIVALS", "Measured", "build_row"]
@@ -32,7 +32,7 @@ class Measured:
         batches: The batches.
         arms: What was timed, by name, with its texts.
         seconds: Times by arm, `[rounds, batches]`.
-        counts: Exit statistics by mode, as `ExitStats.to_dict` has them.
+        counts: Exit statistics by arm, as `ExitStats.to_dict` has them.
         equal: By mode, whether each row that was checked has the base's tokens in float32.
         apart: By mode, where rows part from the base's text in the timed data type.
         reasons: Why a rival was not timed, by name.
@@ -61,20 +61,25 @@ def build_row(cell: Measured, name: str, *, head_share: float, seed: int) -> dic
 
     Args:
         cell: What was measured.
-        name: The mode, or the rival that has a row of its own.
+        name: The mode's arm, or the rival that has a row of its own.
         head_share: Share of a full pass in the output head.
         seed: Seed of the bootstrap.
 
     Returns:
         Plain values. A ratio says how many times faster the mode is: the median over batches of
-        paired times, beside it its 95 % interval (None with a single batch).
+        paired times, beside it its 95 % interval (None with a single batch). Plain, in `vs_plain`
+        and in `loop_gain`, is that on the same pass, so that exits and passes are told apart;
+        `vs_modules` is the same mode on the base's own modules.
     """
     row: dict[str, Any] = {"mode": name, "group": cell.group, "batch": cell.rows}
+    row["runs_on"] = _runs_on(cell, name)
     row["prompts"] = cell.rows * len(cell.batches)
     row["tokens_per_second"] = cell.rows / float(np.median(cell.pace(name)))
+    plain = on_modules("plain") if name.endswith(on_modules("")) else "plain"
     for other in OPPONENTS:
-        row |= _speed(f"vs_{other}", cell, other, name, seed)
-    row |= _speed("loop_gain", cell, "generate", "plain", seed)
+        row |= _speed(f"vs_{other}", cell, plain if other == "plain" else other, name, seed)
+    row |= _speed("vs_modules", cell, on_modules(name), name, seed)
+    row |= _speed("loop_gain", cell, "generate", plain, seed)
     row |= _exits(cell.counts.get(name, {}))
     row["head_share"] = head_share
     row |= _agreement(cell, name)
@@ -83,6 +88,14 @@ def build_row(cell: Measured, name: str, *, head_share: float, seed: int) -> dic
         *(f"{rival}: {reason}" for rival, reason in cell.reasons.items()),
     ]
     return row
+
+
+def _runs_on(cell: Measured, name: str) -> str:
+    """What ran the layers: the native pass, the base's own modules, or another program."""
+    if name == "llama_cpp":
+        return name
+    # Where nothing of ours takes part, the base runs as it always does.
+    return cell.counts.get(name, {}).get("runs_on") or "modules"
 
 
 def _speed(label: str, cell: Measured, other: str, name: str, seed: int) -> dict[str, Any]:

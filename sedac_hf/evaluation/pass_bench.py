@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.huge_pages import join_pages
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import Placement
@@ -58,7 +59,9 @@ def memory_bandwidth(size: int = 1 << 28, rounds: int = 20) -> float:
         size: Bytes of the array.
         rounds: Rounds, of which the fastest counts, part by part.
     """
-    parts = torch.ones(size // 8, dtype=torch.int64).chunk(32)
+    whole = torch.ones(size // 8, dtype=torch.int64)
+    join_pages([whole])  # as the weights are
+    parts = whole.chunk(32)
     [best] = _fastest([[part.sum for part in parts]], rounds)
     return size / best
 

@@ -21,6 +21,7 @@ from sedac_hf.generation.draft_tree import NAMES, ROOT
 if TYPE_CHECKING:
     from transformers import LogitsProcessorList
 
+    from sedac_hf.core.row_pass import RowPass
     from sedac_hf.generation.draft_tree import DraftTree
     from sedac_hf.generation.row_texts import RowTexts
 
@@ -71,10 +72,13 @@ class TokenChooser:
         self._noise: dict[int, Tensor] = {}
         self._drawn = 0
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the token is simply the one with the largest logit."""
-        return not self._sample and not len(self._processors)
+    def takes_best(self, texts: RowTexts) -> bool:
+        """Whether a token is simply the one with the largest logit, and logits are not kept.
+
+        Args:
+            texts: The texts.
+        """
+        return not self._sample and not len(self._processors) and not texts.wants_logits
 
     def choose(
         self, texts: RowTexts, rows: Sequence[int], logits: Tensor, named: NameDraft | None = None
@@ -159,7 +163,11 @@ class Walk(NamedTuple):
 
 
 def walk(
-    chooser: TokenChooser, texts: RowTexts, trees: Sequence[DraftTree], logits: Tensor
+    chooser: TokenChooser,
+    texts: RowTexts,
+    trees: Sequence[DraftTree],
+    run: RowPass,
+    final: Tensor,
 ) -> Walk:
     """Follow each tree as long as the token that the base gives is among the children.
 
@@ -167,14 +175,13 @@ def walk(
         chooser: Draws tokens.
         texts: The texts; they are appended to.
         trees: One tree per row.
-        logits: The base's logits at every node, `[rows, nodes, vocabulary]`.
+        run: Says what words follow from states.
+        final: The base's final-layer state of every node, `[rows, nodes, width]`.
     """
     rows = len(trees)
-    best: Any = None
-    sound: Any = None
-    if chooser.is_plain and not texts.wants_logits:
-        top = logits.max(-1)
-        best, sound = top.indices.tolist(), torch.isfinite(top.values).tolist()
+    # Sampling and processors need all logits; the core finds the largest by itself.
+    best = run.best(final) if chooser.takes_best(texts) else None
+    logits = run.logits(final) if best is None else final[..., :0]
     node = np.zeros(rows, np.int64)
 
     def named(row: int, token: int) -> str:
@@ -186,10 +193,9 @@ def walk(
     going = [row for row in range(rows) if not texts.done[row]]
     while going:
         if best is not None:
-            tokens = [best[row][node[row]] for row in going]
+            tokens, finite = (each[going, node[going]].tolist() for each in best)
             for row, token in zip(going, tokens, strict=True):
                 texts.append(row, token, origin=named(row, token))
-            finite = [sound[row][node[row]] for row in going]
         else:
             at = logits[going, node[going].tolist()]
             finite = torch.isfinite(at.amax(-1)).tolist()

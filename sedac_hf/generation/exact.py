@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sedac_hf.core.choose_pass import PassChoice, choose_pass
+from sedac_hf.core.choose_pass import PassChoice
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
@@ -66,6 +66,8 @@ class ExactDecoding(ModeControl):
             gains = session.mode != "plain" or choice.name == "native"
             if reason is None and gains and choice.build is not None:
                 return decode_settled(self, session, choice, call, model_kwargs)
+            if reason is not None and choice.build is not None:
+                stats.runs_on, stats.runs_on_reason = "modules", reason
             if session.mode == "exact":
                 session.drafted = DraftStats()
                 session.drafted.reason = reason or ""
@@ -81,10 +83,10 @@ class ExactDecoding(ModeControl):
 
     def pass_choice(self) -> PassChoice:
         """The pass that serves this model, found out once."""
-        assembly = self.assembly
-        if assembly.pass_choice is None:
-            assembly.pass_choice = choose_pass(assembly.parts)
-        return assembly.pass_choice
+        choices = self.assembly.choices
+        if self._native_is_disabled():
+            return choices.modules("the native pass is disabled")
+        return choices.best()
 
     @torch.no_grad()
     def _decode_exactly(
@@ -98,7 +100,9 @@ class ExactDecoding(ModeControl):
         session.drafts = bool(len(self.exit_heads))
         parts = self.assembly.parts
         parts = replace(parts, draft=parts.draft.extended(call.input_ids))
-        prompt = read_prompt(self, session, choice, call, model_kwargs, parts)
+        heads = len(parts.heads)
+        k = choice.governors.pick_head(len(call.input_ids), heads)
+        prompt = read_prompt(self, session, choice, call, model_kwargs, parts, only=k)
         run, state, last = prompt.run, prompt.state, prompt.last
         texts = RowTexts(
             call.input_ids, call.criteria, call.config, call.streamer, state.first, session.origins
@@ -106,9 +110,10 @@ class ExactDecoding(ModeControl):
         sample = bool(call.config.do_sample)
         chooser = TokenChooser(call.own_processors, sample, state.rows)
         head = None
-        governors = self.assembly.governors
-        k = governors.pick_head(state.rows, len(parts.heads)) if session.in_step else None
-        if k is not None:
+        governors = prompt.choice.governors
+        if prompt.choice is not choice:
+            k = governors.pick_head(state.rows, heads)
+        if k is not None and session.in_step:
             watch = self._head_watch(session, run, k)
             hits = self.config.head_hits[k] if self.config.head_hits else None
             head = HeadDraft(
@@ -125,7 +130,7 @@ class ExactDecoding(ModeControl):
         loop.decode()
         texts.end()
         session.drafted = loop.stats
-        session.drafted.chains_reason = "" if run.holds_trees else choice.reason
+        session.drafted.chains_reason = "" if run.holds_trees else prompt.choice.reason
         session.drafted.choices = governors.to_dict()
         if prompt.stores:
             specs = [each.spec for each in parts.heads]

@@ -121,7 +121,7 @@ class ExactLoop:
         entered = self._draft(trees, alive, cycle)
         begun = self._clock()
         hidden, final = self._verify(trees, entered)
-        found = walk(self._chooser, texts, trees, self._run.logits(final))
+        found = walk(self._chooser, texts, trees, self._run, final)
         self._run.keep(BASE, state.length, found.path, found.counts)
         cycle.verify = self._clock() - begun
         if self._head is not None:

@@ -66,7 +66,7 @@ class HeadDraft:
         self._feeds = spec.feedback
         self._run = run
         self._state = state
-        self._tokens = tokens
+        self._tokens = None if tokens is None else np.asarray(tokens.cpu())
         self._length = state.length.copy()
         self._last = last
         self._has_root = False
@@ -217,10 +217,8 @@ class HeadDraft:
             states: States for the final norm, `[rows, n, width]`.
             most: Candidates a node.
         """
-        logits = self._run.draft_logits(states).float()
-        top = logits.topk(min(most, logits.shape[-1]), dim=-1)
-        chances = (top.values - logits.logsumexp(-1, keepdim=True)).exp()
-        ids = top.indices if self._tokens is None else self._tokens.to(top.indices)[top.indices]
+        places, chances = self._run.draft_top(states, most)
+        ids = places if self._tokens is None else self._tokens[places]
         return ids.tolist(), chances.tolist()
 
     def trial(self, tokens: IntArray) -> None:

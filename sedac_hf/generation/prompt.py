@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.cache_names import cache_in
-from sedac_hf.core.choose_pass import load_into
-from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.core.choose_pass import CallPass
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.prompt_reader import PromptReader
-from sedac_hf.errors import NotNativeError
 from sedac_hf.generation.exact_call import padding_of, rows_behind
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ class Prompt:
 
     Attributes:
         run: Runs layers and heads.
+        choice: What it is.
         parts: What exits are made of.
         session: The call.
         state: Where the rows stand.
@@ -44,6 +43,7 @@ class Prompt:
     """
 
     run: RowPass
+    choice: PassChoice
     parts: ExitParts
     session: ExitSession
     state: RowState
@@ -74,16 +74,19 @@ def read_prompt(
     call: ExactCall,
     model_kwargs: dict[str, Any],
     parts: ExitParts,
+    only: int | None = None,
 ) -> Prompt:
     """Read the prompt: through the native pass, or by the base's forward where that serves.
 
     Args:
         model: The wrapped model.
         session: The call.
-        choice: What runs layers and heads.
+        choice: What shall run layers and heads; the base's modules do where it does not serve.
         call: What transformers handed over.
         model_kwargs: What transformers carries from step to step.
         parts: What exits are made of, as they are for the call.
+        only: The head that will be asked; the others are spared the prompt where nobody looks at
+            the cache afterwards. None for all.
 
     Returns:
         The prompt.
@@ -91,19 +94,22 @@ def read_prompt(
     Raises:
         CacheError: If nothing can read the cache.
     """
-    assert choice.build is not None
     session.prompt_length = call.input_ids.shape[1]
     cache = cache_in(model_kwargs)
     returned = bool(call.config.return_dict_in_generate)
     stores = returned or bool(getattr(cache, "_is_user_defined", False))
-    run = choice.build(parts)
-    reader = None
-    if isinstance(run, NativePass):
-        rows, first = len(call.input_ids), padding_of(model_kwargs)
-        try:
-            reader = PromptReader(run, parts, session, cache, rows, first, keeps_states=stores)
-        except NotNativeError:
-            run = ModulePass(parts)
+    rows, first = len(call.input_ids), padding_of(model_kwargs)
+
+    def reader_over(run: RowPass) -> PromptReader | None:
+        if not isinstance(run, NativePass):
+            return None
+        return PromptReader(
+            run, parts, session, cache, rows, first,
+            only=None if stores else only, keeps_states=stores,
+        )  # fmt: skip
+
+    serving = CallPass(model.assembly.choices, choice, parts)
+    run, reader = serving.begin(reader_over)
     session.reader = reader
     try:
         outputs = model._prefill(call.input_ids, call.config, model_kwargs)
@@ -115,10 +121,14 @@ def read_prompt(
     if reader is not None and reader.has_read:
         length, last, unsaved = reader.lengths, reader.last, reader.states
     else:
-        run, length = load_into(run, parts, cache)
+        run, length = serving.begin(lambda run: run.load(cache))
         last, unsaved = _last_state(parts, session, cache, len(length)), []
     state = rows_behind(model_kwargs, length)
-    return Prompt(run, parts, session, state, logits, last, model_kwargs, stores, unsaved)
+    stats = model.exit_stats
+    stats.runs_on, stats.runs_on_reason = serving.choice.name, serving.choice.reason
+    return Prompt(
+        run, serving.choice, parts, session, state, logits, last, model_kwargs, stores, unsaved
+    )
 
 
 def _last_state(parts: ExitParts, session: ExitSession, cache: Any, rows: int) -> Tensor:

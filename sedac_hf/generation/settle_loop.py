@@ -22,7 +22,7 @@ from sedac_hf.generation.open_nodes import HeadQueue, OpenNodes
 
 if TYPE_CHECKING:
     from sedac_hf.core.decoder_loop import ExitParts
-    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.core.row_pass import FloatArray, IntArray, Mask, RowPass
     from sedac_hf.core.session import ExitSession
     from sedac_hf.generation.acceptance import TokenChooser
     from sedac_hf.generation.exit_governor import ExitGovernor
@@ -132,7 +132,10 @@ class SettleLoop:
         if self._rests:
             self._run.rest(self._texts.done)
         output, record = self._step(acts)
-        self._choose(self._run.logits(output)[:, 0], record)
+        if self._chooser.takes_best(self._texts):
+            self._say(self._run.best(output)[0][:, 0], record)
+        else:
+            self._choose(self._run.logits(output)[:, 0], record)
 
     def settle(self) -> Tensor:
         """Run everything that still waits, heads included.
@@ -194,9 +197,13 @@ class SettleLoop:
         hold = None if rule is None or self._watch is None else hold_by(self._watch, None)
         step = ExitStep(
             self._parts, self._session, hidden, None, self._texts.done,
-            rule=rule, hold=hold, follows=self._watch is not None,
+            rule=rule, hold=hold, follows=self._watch is not None, chance=self._chance,
         )  # fmt: skip
         return step, rule is not None
+
+    def _chance(self, states: Tensor) -> FloatArray:
+        """Largest probability that exits give to a word, `[rows, 1]`."""
+        return self._run.draft_top(states, 1)[1][..., 0]
 
     def _finish(self) -> Tensor:
         hidden = self._open.advance(self._parts.shell.num_layers)
@@ -208,13 +215,28 @@ class SettleLoop:
 
     def _choose(self, logits: Tensor, record: StepRecord) -> None:
         """Draw the next token of every row that goes on, and commit the step."""
-        session, texts = self._session, self._texts
-        session.pending = record
-        depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
-        going = ~texts.done
-        session.commit(self._state.rows, depth, heads, going)
+        going = self._commit(record)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
         rows = np.flatnonzero(going).tolist()
-        self._tokens[rows] = self._chooser.choose(texts, rows, scores[rows])
-        if session.meter is not None:
-            session.meter.step(record, self._tokens.copy(), going)
+        self._tokens[rows] = self._chooser.choose(self._texts, rows, scores[rows])
+        self._tell(record, going)
+
+    def _say(self, words: IntArray, record: StepRecord) -> None:
+        """Give every row that goes on its word `[rows]`, and commit the step."""
+        going = self._commit(record)
+        self._tokens[going] = words[going]
+        for row in np.flatnonzero(going).tolist():
+            self._texts.append(row, int(words[row]))
+        self._tell(record, going)
+
+    def _commit(self, record: StepRecord) -> Mask:
+        """Rows that go on, `[rows]`."""
+        self._session.pending = record
+        depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
+        going = ~self._texts.done
+        self._session.commit(self._state.rows, depth, heads, going)
+        return going
+
+    def _tell(self, record: StepRecord, going: Mask) -> None:
+        if self._session.meter is not None:
+            self._session.meter.step(record, self._tokens.copy(), going)

@@ -50,7 +50,7 @@ def decode_settled(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
         max_pending=model.config.max_pending, keeps_states=prompt.stores, rests=not prompt.stores,
     )  # fmt: skip
-    governor = _governor(model, session, state.rows)
+    governor = _governor(prompt.choice, session, state.rows)
     loop.decode(prompt.logits, governor)
     if governor is not None:
         model.exit_stats.governor = governor.to_dict()
@@ -61,9 +61,8 @@ def decode_settled(
     return outcome(texts, call, prompt.model_kwargs)
 
 
-def _governor(model: Any, session: ExitSession, rows: int) -> ExitGovernor | None:
+def _governor(choice: PassChoice, session: ExitSession, rows: int) -> ExitGovernor | None:
     """Who decides whether exits pay; nobody where online calibration must see every step."""
     if session.cascade is None or session.watch is not None or not is_governed():
         return None
-    governor: ExitGovernor = model.assembly.exit_governors.find(rows, session.cascade.config)
-    return governor
+    return choice.exit_governors.find(rows, session.cascade.config)

@@ -8,10 +8,14 @@ from transformers import PreTrainedModel
 
 from sedac_hf.core import pass_checks as module
 from sedac_hf.core.chain_pass import ChainPass
-from sedac_hf.core.choose_pass import choose_pass
+from sedac_hf.core.choose_pass import CallPass, PassChoice, PassChoices
+from sedac_hf.core.decoder_loop import ExitParts
 from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.pass_checks import chain_reason, tree_reason
 from sedac_hf.core.row_cache import RowCache
+from sedac_hf.core.row_pass import RowPass
+from sedac_hf.errors import NotNativeError
 from tests.tiny_models import BY_SLOT, build_tiny
 from tests.wrapping import wrap
 
@@ -20,6 +24,10 @@ from tests.wrapping import wrap
 def modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run on the base's own modules; tests of the native pass have files of their own."""
     monkeypatch.setenv("SEDAC_PASS", "modules")
+
+
+def choose_pass(parts: ExitParts) -> PassChoice:
+    return PassChoices(parts).best()
 
 
 def test_every_architecture_has_one(tiny: PreTrainedModel) -> None:
@@ -77,3 +85,44 @@ def test_a_base_that_can_hold_nothing_runs_without_drafts(
     assert (choice.name, choice.build) == ("none", None)
     assert "nodes of a chain come out otherwise" in choice.reason
     assert choice.reason.endswith("It runs without drafts.")
+
+
+# ---------------------------------------------------------------------- where the native one refuses
+
+
+def refuse(run: RowPass) -> str:
+    """A task that only the modules can do."""
+    if isinstance(run, NativePass):
+        raise NotNativeError("something has changed")
+    return type(run).__name__
+
+
+def test_what_the_native_pass_refuses_is_done_over_the_modules(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEDAC_PASS")
+    parts = wrap(llama, {1: "block"}).assembly.parts
+    choices = PassChoices(parts)
+    best = choices.best()
+    call = CallPass(choices, best, parts)
+    first, name = call.begin(lambda run: type(run).__name__)
+    assert (name, call.choice) == ("NativePass", best)
+    assert call.begin(lambda run: run)[0] is first, "one pass serves the whole call"
+    second, name = call.begin(refuse)
+    assert name == "ModulePass"
+    assert (call.choice.name, call.choice.reason) == ("modules", "something has changed")
+    assert call.begin(lambda run: run)[0] is second
+    # What is known of the one pass's speed says nothing of the other's.
+    assert call.choice.governors is choices.modules("").governors is not best.governors
+
+
+def test_a_refusal_stands_where_the_modules_can_hold_nothing_either(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEDAC_PASS")
+    parts = wrap(llama, {1: "block"}).assembly.parts
+    choices = PassChoices(parts)
+    call = CallPass(choices, choices.best(), parts)
+    llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(NotNativeError, match="something has changed"):
+        call.begin(refuse)

@@ -232,8 +232,23 @@ def test_a_lens_and_the_draft_vocabulary_agree_with_torch(llama: PreTrainedModel
     with torch.no_grad():
         torch.testing.assert_close(run.head(0, hidden, None, behind([0], 3)), lens(hidden))
         expected = draft(llama.model.norm(hidden))
-    torch.testing.assert_close(run.draft_logits(hidden), expected)
-    torch.testing.assert_close(started(llama).draft_logits(hidden), shell.logits(hidden))
+    for each, logits in ((run, expected), (started(llama), shell.logits(hidden))):
+        top = logits.softmax(-1).topk(5)
+        places, chances = each.draft_top(hidden, 5)
+        assert places.tolist() == top.indices.tolist()
+        torch.testing.assert_close(torch.from_numpy(chances), top.values)
+    assert run.draft_top(hidden, 99)[0].shape == (1, 3, 7), "no more words than there are"
+
+
+def test_the_best_word_is_that_of_the_logits(llama: PreTrainedModel) -> None:
+    run = started(llama)
+    run.begin(1)
+    hidden = torch.randn(2, 9, WIDTH)
+    hidden[1, 4] = torch.nan
+    words, sound = run.best(hidden)
+    assert words.tolist() == run.logits(hidden).argmax(-1).tolist()
+    assert np.flatnonzero(~sound).tolist() == [13]
+    assert np.isnan(run.draft_top(hidden[1:, 4:5], 3)[1]).all()
 
 
 def test_a_nan_stays_in_its_row(llama: PreTrainedModel) -> None:

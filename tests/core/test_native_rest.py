@@ -51,7 +51,6 @@ def test_all_rows_may_rest(llama):
     at = behind(length, 1)
     hidden = run.layers(run.embed(ids[:, LENGTH:], at.positions), at, 0, run.num_layers)
     assert not hidden.any()
-    assert not run.logits(hidden).any()
 
 
 @pytest.mark.parametrize("rows", [[1, 0], [0, 0], [2], [-1]])

@@ -19,9 +19,11 @@ from tests.tiny_models import build_tiny
 from tests.wrapping import wrap
 
 MODES = ("exact", "certified", "plain", "off")
+SECOND = ("exact (modules)", "plain (modules)")
 # Seconds that the invented clock gives to a call of each arm.
 PACE = {
     "generate": 0.6, "plain": 0.4, "exact": 0.3, "certified": 0.2, "off": 0.6,
+    "exact (modules)": 0.35, "plain (modules)": 0.5,
     "prompt_lookup": 0.9, "assistant_early_exit": 2.4, "llama_cpp": 0.15,
 }  # fmt: skip
 
@@ -82,15 +84,54 @@ def by_mode(result, group="chat", batch=2):
 
 def test_every_ratio_is_that_of_the_times_and_gains_multiply(model, prompts, clock):
     found = by_mode(run_bench(model, prompts, plan(batches=(1,), prompts=2)), batch=1)
-    assert set(found) == set(MODES)
+    assert set(found) == {*MODES, *SECOND}
     for mode, row in found.items():
-        for other in ("generate", "plain", "prompt_lookup", "assistant_early_exit"):
+        for other in ("generate", "prompt_lookup", "assistant_early_exit"):
             assert row[f"vs_{other}"] == pytest.approx(PACE[other] / PACE[mode]), (mode, other)
         assert row["vs_generate_ci95"] == pytest.approx([row["vs_generate"]] * 2)
         assert row["vs_llama_cpp"] is None
-        assert row["loop_gain"] == pytest.approx(PACE["generate"] / PACE["plain"])
+        # Exits and passes are told apart: plain is that on the row's own pass.
+        plain = PACE["plain (modules)" if mode in SECOND else "plain"]
+        assert row["vs_plain"] == pytest.approx(plain / PACE[mode])
+        assert row["loop_gain"] == pytest.approx(PACE["generate"] / plain)
         assert row["loop_gain"] * row["vs_plain"] == pytest.approx(row["vs_generate"])
         assert row["tokens_per_second"] == pytest.approx(6 / PACE[mode])
+
+
+def test_modes_run_on_both_passes_and_say_on_which(model, prompts, clock):
+    found = by_mode(run_bench(model, prompts, plan()))
+    for mode in ("exact", "plain"):
+        native, modules = found[mode], found[f"{mode} (modules)"]
+        assert (native["runs_on"], modules["runs_on"]) == ("native", "modules")
+        gain = PACE[f"{mode} (modules)"] / PACE[mode]
+        assert native["vs_modules"] == pytest.approx(gain)
+        assert modules["vs_modules"] is None
+        assert modules["token_equal"] is True
+    assert found["off"]["runs_on"] == "modules"
+    assert found["off"]["vs_modules"] is found["certified"]["vs_modules"] is None
+    assert model.exit_stats.runs_on in ("", "native"), "the model's own statistics are left alone"
+
+
+def test_plain_on_the_modules_is_timed_for_the_ratio_though_it_has_no_row(model, prompts, clock):
+    found = by_mode(run_bench(model, prompts, plan(modes=("exact",))))
+    assert set(found) == {"exact", "exact (modules)"}
+    assert found["exact (modules)"]["vs_plain"] == pytest.approx(0.5 / 0.35)
+
+
+def test_without_the_native_pass_there_is_one_row_a_mode_and_the_reason(prompts, clock):
+    model = SedacForCausalLM.from_base(build_tiny("gpt2"), self_check=False)
+    result = run_bench(model, {"chat": [[5, 6, 7], [8, 9]]}, plan(modes=("plain",)))
+    assert set(by_mode(result)) == {"plain"}
+    assert result.rows[0]["runs_on"] == "modules"
+    assert any(line.startswith("rows of the base's modules apart") for line in result.left_out)
+
+
+def test_a_quick_run_has_second_rows_at_batch_1_only(model, prompts, clock):
+    sizes = {**BenchPlan.quick_sizes(), "seconds": None, "tokens": 2, "prompts": 2}
+    quick = BenchPlan(**sizes, groups=("chat",), batches=(1, 2), modes=("plain",))
+    result = run_bench(model, prompts, quick)
+    assert set(by_mode(result, batch=1)) == {"plain", "plain (modules)"}
+    assert set(by_mode(result, batch=2)) == {"plain"}
 
 
 def test_a_prompt_counts_once_however_often_it_is_repeated(model, prompts, monkeypatch):
@@ -112,7 +153,7 @@ def test_a_prompt_counts_once_however_often_it_is_repeated(model, prompts, monke
     monkeypatch.setattr("sedac_hf.evaluation.bench.take_turns", named)
     monkeypatch.setattr(benchmark, "timed_call", timed)
     small = plan(modes=("exact",), repeats=3, prompts=6)
-    (row,) = run_bench(model, prompts, small).rows
+    row = run_bench(model, prompts, small).rows[0]
     assert row["vs_plain"] == 4.0
     assert row["vs_plain_ci95"] == [2.0, 6.0]
 
@@ -244,7 +285,7 @@ def test_rivals_of_larger_batches_say_why_they_are_missing(model, prompts):
 def test_a_refused_mode_is_left_out_by_name(model, prompts, monkeypatch):
     monkeypatch.setattr(model, "refused_modes", {"certified": "the base has changed"})
     result = run_bench(model, prompts, plan())
-    assert set(by_mode(result)) == {"exact", "plain", "off"}
+    assert set(by_mode(result)) == {"exact", "plain", "off", *SECOND}
     assert "certified: the base has changed" in result.left_out
 
 

@@ -117,3 +117,10 @@ def test_time_is_dealt_by_work_and_learned_from_what_a_cell_took(monkeypatch):
     assert budget.affordable(same[1:]) == 2
     now[0] = 99.0
     assert budget.affordable(same[1:]) == 0
+
+
+def test_rows_on_the_modules_are_work_too():
+    plan, (batches,) = BenchPlan(quick=True, modes=("exact", "certified")), cells(4)
+    alone, both = (Budget(plan, native=native)._work(batches) for native in (False, True))
+    # generate, plain, two modes, lookup and early exit (as much as four); then two more.
+    assert both / alone == pytest.approx((9 + 2) / 9)

@@ -123,7 +123,7 @@ def test_what_is_not_a_number_is_never_accepted_as_a_draft(
     given = padded(1)
     expected = llama.generate(**given, **GREEDY)
     model.generate(**given, max_new_tokens=2, **EXACT)
-    name = "draft_logits" if where == "head" else "logits"
+    name = "_draft_logits" if where == "head" else "logits"
     run = getattr(ModulePass, name)
     kept = []
     keep = ModulePass.keep

@@ -98,14 +98,14 @@ def test_a_small_draft_vocabulary_takes_in_the_prompts_tokens(
     specs = [CheckpointSpec(LAYERS - 2)]
     model = SedacForCausalLM.from_base(llama, specs, draft_vocabulary=chosen)
     widths = []
-    run = ModulePass.draft_logits
+    run = ModulePass._draft_logits
 
     def seen(self: ModulePass, hidden: Tensor) -> Tensor:
         logits = run(self, hidden)
         widths.append(int(logits.shape[-1]))
         return logits
 
-    monkeypatch.setattr(ModulePass, "draft_logits", seen)
+    monkeypatch.setattr(ModulePass, "_draft_logits", seen)
     assert torch.equal(model.generate(**given, **GREEDY, **EXACT), expected)
     assert set(widths) == {len({3, 4, 5, *given["input_ids"].flatten().tolist()})}
 

@@ -72,7 +72,7 @@ def test_costs_are_measured_at_first_use_only(
     assert governed(model, clock, monkeypatch) is first
     assert clock.passes - used <= VALUES["max_new_tokens"]
     assert governed(model, clock, monkeypatch, rows=2) is not first
-    (one, two) = model.assembly.governors.to_dict()
+    (one, two) = model.pass_choice().governors.to_dict()
     assert (one["batch"], two["batch"], one["head"]) == (1, 2, 0)
     assert {1, 2, 4, 8, 16} <= set(one["pass_ms"])
     assert one["pass_ms"] == one["tail_ms"]
@@ -111,7 +111,7 @@ def test_every_head_is_tried_and_the_fastest_serves(
 ) -> None:
     model = wrap(llama, {0: "block", 2: "block"})
     clock = Clock(monkeypatch, 0.01)
-    governors = model.assembly.governors
+    governors = model.pass_choice().governors
     served = []
     for _ in range(12):
         served.append(governors.pick_head(1, 2))

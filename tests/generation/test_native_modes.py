@@ -120,7 +120,11 @@ def test_a_hook_sends_calls_back_to_the_modules(seen: list[int]) -> None:
     seen.clear()
     assert torch.equal(model.generate(**given, **GIVEN, sedac_mode="exact"), expected)
     assert not seen
+    assert model.exit_stats.runs_on == "modules"
+    assert "hook" in model.exit_stats.runs_on_reason
     handle.remove()
+    model.generate(**given, **GIVEN, sedac_mode="exact")
+    assert (model.exit_stats.runs_on, model.exit_stats.runs_on_reason) == ("native", "")
 
 
 def test_sampling_draws_the_same_tokens_as_the_base() -> None:
@@ -143,3 +147,28 @@ def test_the_pass_can_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEDAC_PASS", "modules")
     model._assembly = None
     assert model.pass_choice().name == "modules"
+
+
+@pytest.mark.parametrize("mode", ["exact", "plain"])
+def test_the_native_pass_can_be_disabled_for_a_while(mode: str, seen: list[int]) -> None:
+    base = build_tiny("llama")
+    model, given = wrap(base, {-1: "feedback"}), padded()
+    expected = base.generate(**given, **GIVEN)
+    with model.native_disabled():
+        assert torch.equal(model.generate(**given, **GIVEN, sedac_mode=mode), expected)
+    assert not seen
+    assert model.exit_stats.runs_on == "modules"
+    assert "disabled" in model.exit_stats.runs_on_reason
+    assert torch.equal(model.generate(**given, **GIVEN, sedac_mode=mode), expected)
+    assert seen
+    assert model.exit_stats.runs_on == "native"
+
+
+def test_a_call_that_no_pass_serves_says_why() -> None:
+    model, given = wrap(build_tiny("llama"), {-1: "feedback"}), padded(1)
+    model.generate(
+        **given, **GIVEN, sedac_mode="exact", return_dict_in_generate=True,
+        output_hidden_states=True,
+    )  # fmt: skip
+    assert model.exit_stats.runs_on == "modules"
+    assert "hidden states" in model.exit_stats.runs_on_reason

@@ -2,9 +2,10 @@
 
 use std::arch::x86_64::{
     __m128i, __m256, __m256i, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128,
-    _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm256_and_si256, _mm256_castps256_ps128,
-    _mm256_castsi256_ps, _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-    _mm256_loadu_si256, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm_movehl_ps, _mm_movelh_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps, _mm_unpackhi_ps,
+    _mm_unpacklo_ps, _mm256_and_si256, _mm256_castps256_ps128, _mm256_castsi256_ps,
+    _mm256_cvtph_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
 use super::lanes::Lanes;
@@ -48,6 +49,34 @@ impl Lanes for Avx2 {
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
+        let mut found = [0.0; N];
+        unsafe {
+            if N < 3 || N > 4 {
+                for n in 0..N {
+                    found[n] = all[n].sum();
+                }
+                return found;
+            }
+            let mut fours = [_mm256_castps256_ps128(all[0].0); 4];
+            for n in 0..4 {
+                let one = all[n % N].0;
+                let high = _mm256_extractf128_ps::<1>(one);
+                fours[n] = _mm_add_ps(_mm256_castps256_ps128(one), high);
+            }
+            // Columns become rows, so that one addition serves four sums, in the order of `sum`.
+            let [a, b, c, d] = fours;
+            let ab = _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+            let cd = _mm_add_ps(_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+            let four = _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab));
+            let mut stored = [0.0; 4];
+            _mm_storeu_ps(stored.as_mut_ptr(), four);
+            found.copy_from_slice(&stored[..N]);
+        }
+        found
     }
 
     #[inline(always)]

@@ -191,9 +191,10 @@ impl<E: Element, const R: usize, const T: usize> Part<'_, E, R, T> {
             if left > 0 {
                 add_step::<M, N, T>(tails.as_ptr().cast(), LONGEST, lines, &mut sums);
             }
-            for (r, sums) in sums.iter().enumerate() {
-                for (t, sum) in sums.iter().enumerate() {
-                    self.out.write(self.tile.first + t, row + r, sum.sum());
+            for r in 0..N {
+                let found = M::Sum::sums(sums[r]);
+                for t in 0..T {
+                    self.out.write(self.tile.first + t, row + r, found[t]);
                 }
             }
         }

@@ -26,6 +26,16 @@ pub trait Lanes: Copy {
     unsafe fn plus_product(self, a: Self, b: Self) -> Self;
     /// The sum of the lanes, in a fixed order.
     unsafe fn sum(self) -> f32;
+    /// The sums of several vectors, each in the order of [`Lanes::sum`].
+    #[inline(always)]
+    unsafe fn sums<const N: usize>(all: [Self; N]) -> [f32; N] {
+        let mut found = [0.0; N];
+        for n in 0..N {
+            // SAFETY: passed on.
+            found[n] = unsafe { all[n].sum() };
+        }
+        found
+    }
     /// One part of sixteen brain floats: the even ones come first, then the odd ones.
     unsafe fn load_brain(from: *const u16, part: usize) -> Self;
     /// One part of sixteen half floats in their order.

@@ -5,6 +5,7 @@
 //! that depends on the token's own past alone.
 
 pub mod activation;
+mod attend;
 pub mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -27,6 +28,7 @@ pub mod norm;
 pub mod output;
 mod panel;
 mod proof;
+pub mod rank;
 mod run;
 pub mod shared;
 pub mod slots;

@@ -7,9 +7,11 @@ mod buffer;
 mod cascade;
 mod certify;
 mod drift;
+mod output;
 mod pass;
 mod probe;
 mod replay;
+mod spent;
 
 use pyo3::exceptions::{PyIndexError, PyMemoryError, PyRuntimeError, PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -60,11 +62,15 @@ mod _core {
     #[pymodule_export]
     use super::kernel;
     #[pymodule_export]
-    use super::pass::{KvCache, LayerStack, OutputHead, pass_kernels};
+    use super::output::OutputHead;
+    #[pymodule_export]
+    use super::pass::{KvCache, LayerStack, pass_kernels};
     #[pymodule_export]
     use super::probe::Probe;
     #[pymodule_export]
     use super::replay::replay;
+    #[pymodule_export]
+    use super::spent::pass_seconds;
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -7,6 +7,7 @@ use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArr
 use pyo3::prelude::*;
 
 use super::arrays::slice;
+use super::spent::Spent;
 use crate::error::{CoreError, Result, check_length};
 use crate::pass::activation::Activation;
 use crate::pass::attention::{Attention, Placement};
@@ -17,16 +18,15 @@ use crate::pass::kernel::Kernel;
 use crate::pass::layer::{Layer, Linear, Norms};
 use crate::pass::matrix::Matrix;
 use crate::pass::norm::Norm;
-use crate::pass::output::Head;
 use crate::pass::slots::Outside;
 use crate::pass::stack::{Stack, Tokens};
 
 /// Address, rows, columns, dtype.
-type MatrixArgs = (usize, usize, usize, String);
+pub(super) type MatrixArgs = (usize, usize, usize, String);
 /// A matrix and its bias.
-type LinearArgs<'py> = (MatrixArgs, Option<PyReadonlyArray1<'py, f32>>);
+pub(super) type LinearArgs<'py> = (MatrixArgs, Option<PyReadonlyArray1<'py, f32>>);
 /// Weight and eps.
-type NormArgs<'py> = (PyReadonlyArray1<'py, f32>, f32);
+pub(super) type NormArgs<'py> = (PyReadonlyArray1<'py, f32>, f32);
 /// Cosines and sines, `[tokens, width]`.
 type RotationArgs<'py> = (PyReadonlyArray2<'py, f32>, PyReadonlyArray2<'py, f32>);
 
@@ -69,12 +69,12 @@ fn matrix((address, rows, columns, dtype): MatrixArgs) -> Result<Matrix> {
     unsafe { Matrix::from_address(address, rows, columns, float) }
 }
 
-fn linear((weights, bias): LinearArgs<'_>) -> Result<Linear> {
+pub(super) fn linear((weights, bias): LinearArgs<'_>) -> Result<Linear> {
     let bias = bias.map(|bias| slice(&bias, "bias").map(<[f32]>::to_vec)).transpose()?;
     Ok(Linear { matrix: matrix(weights)?, bias })
 }
 
-fn norm((weight, eps): NormArgs<'_>) -> Result<Norm> {
+pub(super) fn norm((weight, eps): NormArgs<'_>) -> Result<Norm> {
     Ok(Norm { weight: slice(&weight, "norm")?.to_vec(), eps })
 }
 
@@ -265,6 +265,7 @@ impl LayerStack {
         threads: usize,
         rows: Option<PyReadonlyArray1<'_, i64>>,
     ) -> PyResult<()> {
+        let _spent = Spent::begin();
         let tree = tree.as_array();
         let (count, nodes, open) = tree.dim();
         let mut seen = Vec::with_capacity(count * nodes);
@@ -307,45 +308,6 @@ impl LayerStack {
 
     fn __repr__(&self) -> String {
         format!("LayerStack({} layers, {})", self.0.layers().len(), self.0.kernel().name())
-    }
-}
-
-/// A final norm and an output layer.
-#[pyclass(module = "sedac_hf._core", frozen)]
-pub(super) struct OutputHead(Head);
-
-#[pymethods]
-impl OutputHead {
-    #[new]
-    #[pyo3(signature = (norm_weight, eps, linear, scale = 1.0, softcap = None))]
-    fn new(
-        norm_weight: PyReadonlyArray1<'_, f32>,
-        eps: f32,
-        linear: LinearArgs<'_>,
-        scale: f32,
-        softcap: Option<f32>,
-    ) -> PyResult<Self> {
-        let (norm, linear) = (norm((norm_weight, eps))?, self::linear(linear)?);
-        Ok(Self(Head { norm, linear, scale, softcap, kernel: Kernel::chosen()? }))
-    }
-
-    /// Logits of states `[tokens, width]` into `logits` `[tokens, vocabulary]`.
-    fn run(
-        &self,
-        py: Python<'_>,
-        states: PyReadonlyArray2<'_, f32>,
-        mut logits: PyReadwriteArray2<'_, f32>,
-        threads: usize,
-    ) -> PyResult<()> {
-        let contiguous = "a C-contiguous float32 array";
-        let gaps = |name| CoreError::Layout { name, expected: contiguous, found: "gaps".into() };
-        let states = states.as_slice().map_err(|_| gaps("states"))?;
-        let logits = logits.as_slice_mut().map_err(|_| gaps("logits"))?;
-        Ok(py.detach(|| self.0.run(states, logits, threads))?)
-    }
-
-    fn __repr__(&self) -> String {
-        format!("OutputHead({} words)", self.0.linear.matrix.rows())
     }
 }
 

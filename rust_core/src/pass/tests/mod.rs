@@ -4,6 +4,7 @@ mod attention;
 mod choice;
 mod kernels;
 pub(super) mod models;
+mod rank;
 mod stacks;
 mod threads;
 

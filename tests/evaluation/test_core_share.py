@@ -1,0 +1,55 @@
+"""What a step spends outside the core: clocks, modes, and passes that are not the core's."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+
+from sedac_hf.core.native_pass import NativePass
+from sedac_hf.evaluation.core_share import measure_core_share
+from sedac_hf.modeling import SedacForCausalLM
+from tests.generation.test_settled import settled
+
+PROMPT = [5, 6, 7, 8]
+
+
+@pytest.fixture
+def model() -> SedacForCausalLM:
+    return settled("feedback")
+
+
+def test_every_mode_has_a_share_of_its_steps(model: SedacForCausalLM) -> None:
+    found = {each.mode: each for each in measure_core_share(model, PROMPT, tokens=24)}
+    assert set(found) == {"plain", "exact", "certified"}
+    assert found["plain"].steps == 24 - 1 - 8
+    for each in found.values():
+        assert 0 < each.outside_ms < each.step_ms
+        assert each.outside == each.outside_ms / each.step_ms
+
+
+def test_what_the_interpreter_does_counts_as_outside(
+    model: SedacForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = NativePass.embed
+
+    def slow(self: NativePass, *rest: Any) -> Any:
+        time.sleep(0.01)
+        return embed(self, *rest)
+
+    monkeypatch.setattr(NativePass, "embed", slow)
+    [plain] = measure_core_share(model, PROMPT, ("plain",), tokens=14)
+    assert plain.outside_ms > 10
+    assert plain.step_ms > plain.outside_ms
+
+
+def test_what_does_not_run_on_the_native_pass_is_left_out(
+    model: SedacForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model.exit_stats.to_dict()
+    with model.native_disabled():
+        assert measure_core_share(model, PROMPT, tokens=12) == []
+    monkeypatch.setitem(model.refused_modes, "exact", "no")
+    assert measure_core_share(model, PROMPT, ("exact", "off"), tokens=12) == []
+    assert model.exit_stats.to_dict() == before

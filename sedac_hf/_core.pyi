@@ -215,6 +215,7 @@ class LayerStack:
         start: int,
         stop: int | None,
         threads: int,
+        kept: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Run the tokens of some rows through some layers.
 
@@ -233,6 +234,8 @@ class LayerStack:
             stop: End of the layers. None runs just as far as K and V of the last one, and leaves
                 `states` as they are.
             threads: Threads to use at most.
+            kept: How many channels of its gated unit each token runs, the first ones, ``[layers of
+                the call, rows * n]``; all of them if None.
 
         Raises:
             ValueError: If arguments do not fit each other.

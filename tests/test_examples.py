@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import importlib.util
 import json
@@ -128,3 +129,9 @@ def test_quickstart_answers_and_counts(tmp_path: Path, capsys: pytest.CaptureFix
     model.save_pretrained(artefact, tokenizer=make_tokenizer(chat=True), certificate=issue())
     script("quickstart").main("w7 w8", str(artefact))
     assert "left early" in capsys.readouterr().out
+
+
+def test_the_cascade_with_metrics_does_what_its_text_says() -> None:
+    results = doctest.testmod(script("cascade_and_metrics"))
+    assert results.attempted > 10
+    assert results.failed == 0

@@ -34,8 +34,9 @@ from sedac_hf.calibration.texts import write_texts
 from sedac_hf.calibration.workspace import Workspace
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.channel_order import measure_order
 from sedac_hf.core.exit_heads import build_exit_head
-from sedac_hf.errors import CalibrationError
+from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.fingerprint import fingerprint
 from sedac_hf.modeling import SedacForCausalLM
 
@@ -221,6 +222,7 @@ class FitRun:
             fingerprint=fingerprint(self.base),
         )
         model.risk_histograms = RiskHistograms.from_traces(fitted.traces)
+        self._channels(model, splits)
         if self.process.is_main_process:
             fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = self._costs(model, splits)
@@ -233,6 +235,15 @@ class FitRun:
         )  # fmt: skip
         self._stage("search")
         return model
+
+    def _channels(self, model: SedacForCausalLM, splits: Splits) -> None:
+        """The order of channels, by which soft exits can be used later without another fit."""
+        try:
+            order = measure_order(self.shell, splits.of(splits.train))
+        except UnsupportedModelError as error:
+            logger.info("no order of channels, so no soft exits: %s", error)
+            return
+        model.set_channel_order(order)
 
     def _costs(self, model: SedacForCausalLM, splits: Splits) -> CostModel:
         """What probes, tries and exits cost."""

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sedac_hf.core.chain_pass import ChainPass
+from sedac_hf.core.decoder_loop import LayerPass
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
@@ -89,7 +90,8 @@ def choose_pass(parts: ExitParts) -> PassChoice:
 def _native_or_modules(native: NativeModel, parts: ExitParts) -> RowPass:
     """The native pass, unless the base has changed (an adapter, a hook) since it was admitted."""
     try:
-        return NativePass(native, parts.draft.linear)
+        narrow = parts.passes.narrow if isinstance(parts.passes, LayerPass) else None
+        return NativePass(native, parts.draft.linear, narrow)
     except NotNativeError as error:
         if attention_reason(parts) is not None or tree_reason(parts) is not None:
             raise

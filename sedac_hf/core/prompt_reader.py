@@ -82,7 +82,8 @@ class PromptReader:
         self.states: list[Tensor] = []
         self._run = run
         self._parts = parts
-        wanted = session.cascade is not None or session.drafts
+        asks = session.cascade is not None and not session.is_soft
+        wanted = asks or session.drafts
         follows = wanted and heads_follow(parts.layout, session, cache)
         self._heads = parts.heads if follows else ()
         self.length = int(run.load(cache, rows).max(initial=0))

@@ -130,6 +130,14 @@ fn counts(array: &PyReadonlyArray1<'_, i64>, name: &'static str) -> Result<Vec<u
     slice(array, name)?.iter().map(negative).collect()
 }
 
+/// How many channels tokens keep, layer after layer.
+fn channels(array: &PyReadonlyArray2<'_, i64>) -> Result<Vec<usize>> {
+    let negative = |&value: &i64| {
+        usize::try_from(value).map_err(|_| CoreError::value("kept", "at least 1", value as f64))
+    };
+    array.as_array().iter().map(negative).collect()
+}
+
 /// K and V of some rows in the layers of a stack.
 #[pyclass(module = "sedac_hf._core")]
 pub(super) struct KvCache(RowCache);
@@ -247,7 +255,7 @@ impl LayerStack {
 
     /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` they
     /// are run just as far as K and V of the last layer; `states` are left as they are.
-    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads))]
+    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, kept=None))]
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -262,6 +270,7 @@ impl LayerStack {
         start: usize,
         stop: Option<usize>,
         threads: usize,
+        kept: Option<PyReadonlyArray2<'_, i64>>,
     ) -> PyResult<()> {
         let tree = tree.as_array();
         let (rows, nodes, open) = tree.dim();
@@ -286,9 +295,11 @@ impl LayerStack {
             let (cos, sin) = (cos.map_err(|_| gaps("cos"))?, sin.map_err(|_| gaps("sin"))?);
             turned.push(Rotation { cos, sin, width });
         }
+        let kept = kept.map(|kept| channels(&kept)).transpose()?;
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;
-        let tokens = Tokens { states, feedback, at: &at, rotations: &turned };
+        let kept = kept.as_deref();
+        let tokens = Tokens { states, feedback, at: &at, rotations: &turned, kept };
         Ok(py.detach(|| match stop {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),
             None => self.0.fill(cache, tokens, start, threads),

@@ -22,10 +22,10 @@ A collector is told of each decision, from this loop or by a model that it is at
 >>> collector = SEDACMetricsCollector([7, 14, 21])
 >>> report(controller, collector, [0.4, 0.8, 0.05])
 >>> for layer, found in collector.get_layer_analysis().items():
-...     print(layer, found["decisions"], found["exits"], found["mean_soft_exit_ratio"])
-7 3 2 0.8600000143051147
-14 1 0 None
-21 1 0 None
+...     print(layer, found["decisions"], found["exits"], round(found["mean_soft_exit_ratio"] or 0, 3))
+7 3 2 0.86
+14 1 0 0
+21 1 0 0
 >>> "sedac_soft_exit_ratio" in collector.export_prometheus_metrics()
 True
 >>> collector.close()

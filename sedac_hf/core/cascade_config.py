@@ -174,12 +174,13 @@ class CascadeConfig:
     def to_tensors(self) -> dict[str, Tensor]:
         """The rules as tensors ``cascade.<field>``, float32, ``[checkpoints]`` each.
 
-        Rules of soft exits also have a ``cascade.steepness`` of one number. What `from_tensors`
+        Rules of soft exits also have a ``cascade.steepness`` of one number; of hard ones, which do
+        not use it, it is not kept. What `from_tensors`
         makes of them equals this configuration rounded to float32, which is the precision that
         decisions are made in.
         """
         found = {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
-        if self.is_soft or self.steepness != DEFAULT_STEEPNESS:
+        if self.is_soft:
             found[_STEEPNESS] = torch.tensor([self.steepness], dtype=torch.float32)
         return found
 

@@ -95,12 +95,12 @@ def test_a_controller_of_three_layers_says_how_much_a_soft_exit_skips() -> None:
     assert first.try_exit.tolist() == [True, False]
     skipped = controller.strategy.skipped(first.confidence)
     assert 0.9 < skipped[0] <= 1
-    assert skipped[1] == 0
+    assert skipped[1] < 0.01
 
 
 def test_soft_rules_survive_being_stored() -> None:
     for strategy in ("soft", "adaptive_soft"):
-        rules = CascadeConfig([LayerConfig(1, 2.0)], strategy=strategy, steepness=4.0)
+        rules = CascadeConfig([LayerConfig(1, 2.0, decay=0.5)], strategy=strategy, steepness=4.0)
         found = CascadeConfig.from_tensors(rules.to_tensors(), [1], strategy=rules.strategy)
         assert found == rules
     assert "cascade.steepness" not in CascadeConfig([LayerConfig(1, 2.0)]).to_tensors()

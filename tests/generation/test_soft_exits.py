@@ -79,7 +79,7 @@ def test_generation_and_simulation_agree_token_for_token(
 
 @pytest.fixture(scope="module")
 def micro_soft(micro_model: MicroModel) -> SedacForCausalLM:
-    """The micro model with soft exits of about half of its tokens."""
+    """The micro model with soft exits."""
     model = micro_exits(micro_model)
     texts = micro_documents(micro_model.language, 20, seed=3)
     model.set_channel_order(channel_order(model.base, texts))
@@ -102,7 +102,8 @@ def test_the_micro_model_writes_what_it_is_scored_on(
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     found = assert_simulated(micro_soft, output, 10)
-    assert 0.1 < float((found.soft_exits[:, 10:] >= 0).float().mean()) < 0.95
+    assert float((found.soft_exits[:, 10:] >= 0).float().mean()) > 0.1
+    assert len(found.kept_shares.unique()) > 2
     assert micro_soft.exit_stats.runs_on == runs_on
 
 

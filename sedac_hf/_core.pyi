@@ -216,6 +216,7 @@ class LayerStack:
         stop: int | None,
         threads: int,
         rows: npt.NDArray[np.int64] | None = None,
+        kept: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Run the tokens of some rows through some layers.
 
@@ -235,6 +236,8 @@ class LayerStack:
                 `states` as they are.
             threads: Threads to use at most.
             rows: Which rows of the cache all of this is about, in ascending order; None for all.
+            kept: How many channels of its gated unit each token runs, the first ones, ``[layers of
+                the call, rows * n]``; all of them if None.
 
         Raises:
             ValueError: If arguments do not fit each other.

@@ -102,7 +102,9 @@ def why_exits_stay_off(
     if policy is not None and cascade is not None:
         # Stored thresholds are rounded to the float32 in which decisions are made.
         layers = list(cascade.layer_indices)
-        rounded = CascadeConfig.from_tensors(policy.cascade.to_tensors(), layers)
+        rounded = CascadeConfig.from_tensors(
+            policy.cascade.to_tensors(), layers, strategy=policy.cascade.strategy
+        )
         if rounded == cascade and policy.cascade.layer_indices == cascade.layer_indices:
             cascade = policy.cascade
     try:

@@ -209,6 +209,9 @@ def _assemble(
             **values,
         )
     model.certificate = certificate
+    # A base with adapters or quantised weights is none to narrow, yet good for hard exits.
+    soft = cascade is not None and cascade.is_soft
+    model.set_channel_order(parts.channel_order, check=soft)
     model.risk_histograms = parts.risk_histograms
     model.origin = ArtefactOrigin(
         files.source, files.directory, tensors_digest(files.tensors), files.card

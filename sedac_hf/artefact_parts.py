@@ -15,6 +15,7 @@ from sedac_hf.artefact_format import RISKS_PREFIX, WEIGHTS_FILE, ArtefactFiles
 from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.cascade_controller import CascadeConfig
+from sedac_hf.core.channel_order import CHANNELS_PREFIX, ChannelOrder
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import build_heads
 from sedac_hf.core.probe_inference import ProbeManager
@@ -39,6 +40,7 @@ class ArtefactParts:
         draft_vocabulary: Token ids, int64, or None for the whole vocabulary.
         cascade: The rules by which tokens leave, or None.
         risk_histograms: Risks of calibration, or None; artefacts of earlier versions have none.
+        channel_order: Order of the MLPs' channels, or None; likewise.
     """
 
     heads: list[ExitHead]
@@ -46,12 +48,13 @@ class ArtefactParts:
     draft_vocabulary: Tensor | None
     cascade: CascadeConfig | None
     risk_histograms: RiskHistograms | None
+    channel_order: ChannelOrder | None
 
 
 def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
     """What is stored of a model: heads in bf16, probes in float32, draft vocabulary and rules.
 
-    Histograms of risks are among it where the model has them.
+    Histograms of risks and the order of channels are among it where the model has them.
 
     Args:
         model: The model.
@@ -71,6 +74,8 @@ def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
         tensors |= model.cascade.to_tensors()
     if model.risk_histograms is not None:
         tensors |= model.risk_histograms.to_tensors()
+    if model.channel_order is not None:
+        tensors |= model.channel_order.to_tensors()
     return tensors
 
 
@@ -108,13 +113,16 @@ def build_parts(
         cascade = None
         if rules:
             layers = [spec.layer_idx for spec in specs]
-            cascade = CascadeConfig.from_tensors(rules, layers)
+            strategy = str(files.config.get("strategy", "hard"))
+            cascade = CascadeConfig.from_tensors(rules, layers, strategy=strategy)
             rules = {name: v for name, v in rules.items() if name not in cascade.to_tensors()}
         risks = _take(left, RISKS_PREFIX, keep_prefix=True)
         histograms = RiskHistograms.from_tensors(risks, len(specs)) if risks else None
+        channels = _take(left, CHANNELS_PREFIX, keep_prefix=True)
+        order = ChannelOrder.from_tensors(channels, shell.num_layers) if channels else None
         if left or rules:
             raise ArtefactError(f"it holds tensors that have no place: {sorted({**left, **rules})}")
-    return ArtefactParts(heads, probes, draft, cascade, histograms)
+    return ArtefactParts(heads, probes, draft, cascade, histograms, order)
 
 
 def _load_probes(probes: ProbeManager, tensors: dict[str, Tensor]) -> None:

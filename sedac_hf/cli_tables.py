@@ -41,6 +41,10 @@ def evaluation_table(report: Mapping[str, Any]) -> Table:
     for layer, count in report["exits_by_layer"].items():
         where = "the embedding" if int(layer) < 0 else f"layer {layer}"
         table.add_row(f"  after {where}", "", "", str(count))
+    if report.get("soft_exit_share"):
+        table.add_row("tokens on fewer channels", "", "", _number(report["soft_exit_share"], ".1%"))
+        kept = _number(report["mean_kept_share"], ".1%")
+        table.add_row("channels of the MLPs that are run", "100.0%", "100.0%", kept)
     if speed:
         rates = [_number(per_second.get(name), ".1f") for name in ("generate", "plain", "sedac")]
         table.add_row("tokens per second", *rates)

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.configuration_auto import AutoConfig
 
+from sedac_hf.core.exit_strategy import strategy_name
 from sedac_hf.errors import ConfigError
 from sedac_hf.registration import register_model
 
@@ -146,9 +147,11 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         probe_rank: Rank of the risk probes.
         probe_target: What the probes were trained to say, `"entropy"` or `"divergence"`.
         mode: Mode used when none is asked for.
-        strategy: What an exit skips; `"hard"` skips the tail.
+        strategy: What an exit skips; `"hard"` skips the tail, `"soft"` and `"adaptive-soft"` the
+            less important channels of its MLPs.
         kv_mode: How the tail's K/V of an exited token come about: `"propagate"` from its frozen
-            state at once, `"settle"` by running the tail later, which gives the base's own.
+            state at once, `"settle"` by running the tail later, which gives the base's own. Soft
+            exits run the tail themselves, so it does not concern them.
         max_pending: Exited tokens that may wait for their tails where exits are settled.
         head_hits: For each checkpoint, the share of held-out tokens on which the base's choice was
             among the head's first 1, 2, 4 and 8; what drafting begins to reckon with.
@@ -194,7 +197,7 @@ class SedacConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         self.certified_dtypes = self.certified_dtypes or []
         _check_choice("mode", self.mode, MODES)
         _check_choice("probe_target", self.probe_target, PROBE_TARGETS)
-        _check_choice("strategy", self.strategy, ("hard",))
+        self.strategy = strategy_name(self.strategy)
         _check_choice("kv_mode", self.kv_mode, KV_MODES)
         if self.probe_rank < 1:
             raise ConfigError(f"probe_rank must be at least 1, found {self.probe_rank}.")

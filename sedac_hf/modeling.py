@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.self_check import self_check as check_shell
 from sedac_hf.core.session import ExitSession, ExitStats, active_session, session_scope
 from sedac_hf.core.simulate import simulate
+from sedac_hf.core.soft_loop import SoftLoop
 from sedac_hf.core.support import check_supported, unwrap_adapter
 from sedac_hf.delegation import (
     BaseDelegation,
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from sedac_hf.calibration.certificate import Certificate
     from sedac_hf.calibration.drift import RiskHistograms
     from sedac_hf.calibration.online import OnlineCalibration
+    from sedac_hf.core.channel_order import ChannelOrder
 
 __all__ = ["SedacForCausalLM"]
 
@@ -61,6 +64,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         exit_stats: Totals over all calls.
         metrics: The collector that is attached, or None.
         risk_histograms: Risks of calibration, by which online calibration sees drift, or None.
+        channel_order: Order of the MLPs' channels, which soft exits need, or None.
         calibration: Online calibration, see `attach_calibration`; None without it.
     """
 
@@ -120,6 +124,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.exits_off_reason: str | None = None
         self.origin: ArtefactOrigin | None = None
         self.exit_stats = ExitStats(self.shell.num_layers, [spec.layer_idx for spec in specs])
+        self.channel_order: ChannelOrder | None = None
         self._assembly: Assembly | None = None
         self._accepted = accepted_arguments(base)
         self._cache_name = cache_name(type(base).forward)
@@ -160,6 +165,9 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         base = unwrap_adapter(base)
         check_supported(base)
         base_config: Any = base.config
+        if cascade is not None:
+            strategy = config_values.setdefault("strategy", cascade.strategy)
+            cascade = replace(cascade, strategy=strategy)
         values = {
             "checkpoints": [spec.to_dict() for spec in checkpoints],
             "base_model_name_or_path": base_config.name_or_path or None,
@@ -251,7 +259,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         session = self._session(mode, prepare=self._cache_name not in arguments)
         output = self._run(session, arguments)
         if session.pending is not None:
-            self.exit_stats.add(session.pending.layers, session.pending.tries)
+            self.exit_stats.add_record(session.pending)
             if session.meter is not None:
                 session.meter.alone(session.pending)
             session.tell(session.pending)
@@ -268,6 +276,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         parts = self.assembly.parts
         if session.cascade is None and not session.drafts:
             return self.shell.run(parts.passes.run_all, **arguments)
+        if session.is_soft:
+            return self.shell.run(SoftLoop(parts, session), **arguments)
         loop = DecodeLoop(parts, session, arguments.get("attention_mask"))
         return self.shell.run(loop, **arguments)
 
@@ -291,6 +301,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
                 "some with sedac_hf.fit, or pass a cascade to cascade_replaced."
             )
         self.assembly.prepare()
+        if cascade.is_soft:
+            self.assembly.prepare_narrow()
         controller = self.assembly.controller(cascade)
         settles = self.config.kv_mode == "settle"
         return simulate(self.assembly.parts, controller, arguments, exit_start, settles=settles)

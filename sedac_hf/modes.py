@@ -14,6 +14,7 @@ from sedac_hf.calibration_methods import CalibrationMethods
 from sedac_hf.config import MODES, SedacConfig
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
+from sedac_hf.core.channel_order import ChannelOrder
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, check_cascade
 from sedac_hf.core.probe_inference import ProbeManager
@@ -48,6 +49,7 @@ class ModeControl(Measured, CalibrationMethods):
     draft_vocabulary: Tensor | None
     shell: BaseShell
     exit_stats: ExitStats
+    channel_order: ChannelOrder | None
     _assembly: Assembly | None
     refused_modes: dict[str, str]
     exits_off_reason: str | None
@@ -57,7 +59,9 @@ class ModeControl(Measured, CalibrationMethods):
         """The parts of exits as the loop works with them."""
         if self._assembly is None:
             heads = cast("list[ExitHead]", list(self.exit_heads))
-            self._assembly = Assembly(self.shell, heads, self.probes, self.draft_vocabulary)
+            self._assembly = Assembly(
+                self.shell, heads, self.probes, self.draft_vocabulary, self.channel_order
+            )
         return self._assembly
 
     def set_cascade(self, cascade: CascadeConfig | None) -> None:
@@ -74,8 +78,27 @@ class ModeControl(Measured, CalibrationMethods):
         if self.calibration is not None and self.calibration.chosen != cascade:
             logger.warning("Online calibration was for other rules and is detached; attach anew.")
             self.detach_calibration()
+        if cascade is not None:
+            self.config.strategy = cascade.strategy
         self.cascade = cascade
         self.exits_off_reason = None
+
+    def set_channel_order(self, order: ChannelOrder | None, *, check: bool = True) -> None:
+        """Take the order in which soft exits drop the MLPs' channels.
+
+        Args:
+            order: See `sedac_hf.calibration.channel_order`; None for none.
+            check: Whether to refuse it now if it does not fit; else soft exits do when they are
+                used, and nothing else minds.
+
+        Raises:
+            ConfigError: If it was made for other MLPs.
+            UnsupportedModelError: If the base's MLPs cannot be narrowed.
+        """
+        if order is not None and check:
+            order.check_fits(self.shell)
+        self.channel_order = order
+        self._assembly = None
 
     @contextmanager
     def cascade_replaced(self, cascade: CascadeConfig | None) -> Iterator[None]:
@@ -146,7 +169,10 @@ class ModeControl(Measured, CalibrationMethods):
         cascade = self._cascade()
         if mode == "certified" and cascade is not None:
             controller = self.assembly.controller(cascade)
-        settles = self.config.kv_mode == "settle"
+            if cascade.is_soft:
+                self.assembly.prepare_narrow()
+        soft = controller is not None and controller.config.is_soft
+        settles = self.config.kv_mode == "settle" and not soft
         acting = None if controller is None else cascade
         session = ExitSession(
             owner=self, mode=mode, cascade=controller, settles=settles,
@@ -164,8 +190,9 @@ class ModeControl(Measured, CalibrationMethods):
         calibration = self.calibration
         if calibration is None or mode not in ("certified", "exact"):
             return None
-        if self._cascade() is not self.cascade:
-            return None  # other rules stand in for those that are watched
+        if self._cascade() is not self.cascade or (self.cascade and self.cascade.is_soft):
+            # Other rules stand in for those that are watched, or no exit head is asked.
+            return None
         from sedac_hf.calibration.call_watch import CallWatch
 
         return CallWatch(calibration, self.assembly.controller, follows=mode == "certified")

@@ -57,7 +57,7 @@ def test_the_template_is_the_last_layer_by_default() -> None:
     [
         ({"mode": "fast"}, "mode must be one of"),
         ({"probe_target": "loss"}, "probe_target must be one of"),
-        ({"strategy": "soft"}, "strategy must be one of"),
+        ({"strategy": "hopeful"}, "strategy must be one of"),
         ({"kv_mode": "copy"}, "kv_mode must be one of"),
         ({"probe_rank": 0}, "probe_rank must be at least 1"),
         ({"checkpoints": [{"layer_idx": 2}, {"layer_idx": 2}]}, "increasing order"),

@@ -41,6 +41,12 @@ def attached(
             "the model has no rules by which tokens leave, so there is nothing to calibrate. Fit "
             "exits with sedac_hf.fit, or give some with model.set_cascade."
         )
+    if model.cascade.is_soft:
+        raise CalibrationError(
+            f"online calibration watches hard exits, and the model's are {model.cascade.strategy}: "
+            "they ask no exit head whose answer could be held against full depth. Use "
+            "sedac_mode='exact' or the strategy 'hard' with it."
+        )
     try:
         given = OnlineSettings(**settings)
     except TypeError as error:

@@ -35,8 +35,9 @@ from sedac_hf.calibration.texts import write_texts
 from sedac_hf.calibration.workspace import Workspace
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
+from sedac_hf.core.channel_order import measure_order
 from sedac_hf.core.exit_heads import build_exit_head
-from sedac_hf.errors import CalibrationError
+from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.fingerprint import fingerprint
 from sedac_hf.modeling import SedacForCausalLM
 
@@ -223,6 +224,7 @@ class FitRun:
             head_hits=[[head.agreement, *head.top.values()] for head in self.report.heads],
         )
         model.risk_histograms = RiskHistograms.from_traces(fitted.traces)
+        self._channels(model, splits)
         fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = self._costs(model, splits)
         self.report.costs = costs.to_dict()
@@ -244,6 +246,15 @@ class FitRun:
         self.process.wait_for_everyone()
         model = SedacForCausalLM.from_pretrained(output, base_model=self.base)
         return model, self.workspace.load_report()
+
+    def _channels(self, model: SedacForCausalLM, splits: Splits) -> None:
+        """The order of channels, by which soft exits can be used later without another fit."""
+        try:
+            order = measure_order(self.shell, splits.of(splits.train))
+        except UnsupportedModelError as error:
+            logger.info("no order of channels, so no soft exits: %s", error)
+            return
+        model.set_channel_order(order)
 
     def _costs(self, model: SedacForCausalLM, splits: Splits) -> CostModel:
         """What probes, tries and exits cost."""

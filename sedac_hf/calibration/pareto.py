@@ -12,6 +12,7 @@ import numpy.typing as npt
 from sedac_hf import _core
 from sedac_hf.calibration.candidates import PolicyVectors, perturbed, random_policies, structured
 from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
+from sedac_hf.core.exit_strategy import DEFAULT_STEEPNESS
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Policy:
         return {
             "layers": [asdict(layer) for layer in self.cascade.layers],
             "strategy": self.cascade.strategy,
+            "steepness": self.cascade.steepness,
             "estimated_delta": self.estimated_delta,
             "exit_share": self.exit_share,
             "cost": self.cost,
@@ -66,7 +68,12 @@ class Policy:
         """
         layers = tuple(LayerConfig(**layer) for layer in values["layers"])
         return cls(
-            CascadeConfig(layers, strategy=values["strategy"]),
+            CascadeConfig(
+                layers,
+                strategy=values["strategy"],
+                # Earlier versions knew hard exits alone, and no steepness.
+                steepness=float(values.get("steepness", DEFAULT_STEEPNESS)),
+            ),
             estimated_delta=float(values["estimated_delta"]),
             exit_share=float(values["exit_share"]),
             cost=float(values["cost"]),

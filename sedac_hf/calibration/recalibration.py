@@ -49,7 +49,7 @@ def calibrate(
 
     Documents are dealt into three disjoint parts: thresholds are searched on the first, certified
     on the second, checked on the third. Exit heads and probes stay as they are. When nothing passes
-    the model's exits are off in certified mode afterwards.
+    the model's exits are off in certified mode afterwards. What is chosen are hard exits.
 
     Args:
         model: A wrapped model with exit heads, in the data type it will be used in.

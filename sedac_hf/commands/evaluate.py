@@ -23,7 +23,14 @@ from sedac_hf.cli_options import (
     TimedTokens,
     Uncertified,
 )
-from sedac_hf.cli_support import EXIT_FAILED, Screen, default_artefact, reported, write_json
+from sedac_hf.cli_support import (
+    EXIT_FAILED,
+    Screen,
+    UsageError,
+    default_artefact,
+    reported,
+    write_json,
+)
 
 __all__ = ["evaluate"]
 
@@ -40,6 +47,12 @@ def evaluate(
     max_new_tokens: TimedTokens = 64,
     rounds: TimedRounds = 5,
     prompts: TimedPrompts = 8,
+    strategies: Annotated[
+        bool,
+        typer.Option(
+            "--strategies", help="Compare hard, soft and adaptive-soft exits at several thresholds."
+        ),
+    ] = False,
     max_increase: Annotated[
         float | None,
         typer.Option(help="Exit with code 1 if perplexity rises by more (0.01 = 1 %)."),
@@ -57,8 +70,30 @@ def evaluate(
     rule. Speed is that of real generate() calls at batch 1, against base.generate() and against our
     own loop without exits. Without MODEL it measures the artefact of the repository.
     """
-    from sedac_hf.cli_run import run_evaluation
+    from sedac_hf.cli_run import Timing, run_evaluation
 
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if strategies:
+        from sedac_hf.cli_strategies import run_strategies
+
+        if mode not in (None, "certified") or max_increase is not None:
+            raise UsageError("--strategies measures certified mode, and no single increase.")
+        timing = Timing(max_new_tokens, rounds, prompts) if speed else None
+        curves = run_strategies(
+            model or default_artefact(),
+            base=base,
+            data=data,
+            documents=documents,
+            timing=timing,
+            output=output,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            screen=screen,
+        )
+        if as_json:
+            write_json(curves)
+        return
     report = run_evaluation(
         model or default_artefact(),
         base=base,
@@ -74,7 +109,7 @@ def evaluate(
         seed=seed,
         device=device,
         dtype=dtype,
-        screen=Screen(quiet=quiet, as_json=as_json),
+        screen=screen,
     )
     if as_json:
         write_json(report)

@@ -13,13 +13,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.exit_strategy import (
+    DEFAULT_STEEPNESS,
+    STRATEGIES,
+    ExitStrategy,
+    is_soft,
+    make_strategy,
+    strategy_name,
+)
 from sedac_hf.errors import ConfigError
 
 __all__ = ["STRATEGIES", "CascadeConfig", "LayerConfig"]
 
 FloatArray = npt.NDArray[np.float32]
 
-STRATEGIES: Final = ("hard",)
+_STEEPNESS: Final = "cascade.steepness"
 _TENSOR_FIELDS: Final = (
     "threshold",
     "weight",
@@ -57,12 +65,12 @@ class LayerConfig:
         decay: Share (gamma) of the earlier confidence that is kept, in [0, 1].
         exit_confidence: Normalised confidence from which a row tries to exit; above 1, none does.
         min_probability: Least probability of the exit's own first choice for a try to succeed, in
-            [0, 1]; 0 asks for none.
-        temperature: Divides the exit's logits before sampling.
+            [0, 1]; 0 asks for none. Soft exits have no such choice, every try of theirs succeeds.
+        temperature: Divides the logits of a hard exit before sampling.
     """
 
     layer_idx: int
-    threshold: float
+    threshold: float = 1.0
     weight: float = 1.0
     decay: float = 0.9
     exit_confidence: float = 0.5
@@ -103,14 +111,18 @@ class CascadeConfig:
 
     Attributes:
         layers: One rule per checkpoint, from the shallowest on.
-        strategy: What an exit skips: "hard" skips every later layer.
+        strategy: What an exit skips: "hard" skips every later layer, "soft" and "adaptive-soft" the
+            less important channels of their MLPs (see `sedac_hf.core.exit_strategy`).
         target_exit_rate: Share of tokens, in (0, 1), that `aim_thresholds` lets leave where there
             is no calibration; None if thresholds are final.
+        steepness: How fast the share that a soft exit skips rises with confidence: `k` of
+            `soft_exit_mlp_scaling`.
     """
 
     layers: Sequence[LayerConfig]
     strategy: str = "hard"
     target_exit_rate: float | None = None
+    steepness: float = DEFAULT_STEEPNESS
 
     def __post_init__(self) -> None:
         """Refuse an empty or unordered cascade.
@@ -127,11 +139,21 @@ class CascadeConfig:
             raise ConfigError(
                 f"checkpoints must be in increasing order of their layers, found {list(indices)}."
             )
-        if self.strategy not in STRATEGIES:
-            raise ConfigError(f"strategy must be one of {STRATEGIES}, found {self.strategy!r}.")
+        object.__setattr__(self, "strategy", strategy_name(self.strategy))
+        _ = self.exit_strategy  # refuses a bad steepness
         rate = self.target_exit_rate
         if rate is not None and not 0 < rate < 1:
             raise ConfigError(f"target_exit_rate must lie between 0 and 1, found {rate!r}.")
+
+    @property
+    def exit_strategy(self) -> ExitStrategy:
+        """What an exit skips, as an object that says how much."""
+        return make_strategy(self.strategy, self.steepness)
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether exits run the tail on fewer channels."""
+        return is_soft(self.strategy)
 
     @property
     def layer_indices(self) -> tuple[int, ...]:
@@ -152,10 +174,15 @@ class CascadeConfig:
     def to_tensors(self) -> dict[str, Tensor]:
         """The rules as tensors ``cascade.<field>``, float32, ``[checkpoints]`` each.
 
-        What `from_tensors` makes of them equals this configuration rounded to float32, which is
-        the precision that decisions are made in.
+        Rules of soft exits also have a ``cascade.steepness`` of one number; of hard ones, which do
+        not use it, it is not kept. What `from_tensors`
+        makes of them equals this configuration rounded to float32, which is the precision that
+        decisions are made in.
         """
-        return {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
+        found = {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
+        if self.is_soft:
+            found[_STEEPNESS] = torch.tensor([self.steepness], dtype=torch.float32)
+        return found
 
     @classmethod
     def from_tensors(
@@ -197,4 +224,12 @@ class CascadeConfig:
             LayerConfig(layer_idx, **{name: values[name][k] for name in _TENSOR_FIELDS})
             for k, layer_idx in enumerate(layer_indices)
         )
-        return cls(layers, strategy=strategy, target_exit_rate=target_exit_rate)
+        steepness = tensors.get(_STEEPNESS)
+        if steepness is not None and steepness.numel() != 1:
+            raise ConfigError(f"tensor {_STEEPNESS!r} must hold one number, found {steepness}.")
+        return cls(
+            layers,
+            strategy=strategy,
+            target_exit_rate=target_exit_rate,
+            steepness=DEFAULT_STEEPNESS if steepness is None else float(steepness),
+        )

@@ -66,7 +66,12 @@ class CheckpointDecision(NamedTuple):
 
 
 class CascadeController:
-    """Decides at each checkpoint who tries to exit. Immutable, so threads may share it."""
+    """Decides at each checkpoint who tries to exit. Immutable, so threads may share it.
+
+    Attributes:
+        config: The rules.
+        strategy: What an exit skips.
+    """
 
     def __init__(self, config: CascadeConfig, probes: Sequence[PackedProbe] | None = None) -> None:
         """Hand rules and probes to the Rust core.
@@ -80,6 +85,7 @@ class CascadeController:
                 is malformed.
         """
         self.config = config
+        self.strategy = config.exit_strategy
         try:
             packed = [
                 _core.Probe(

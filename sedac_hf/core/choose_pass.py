@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from transformers.utils import logging
 
 from sedac_hf.core.chain_pass import ChainPass
+from sedac_hf.core.decoder_loop import LayerPass
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
@@ -150,4 +151,5 @@ def _over_modules(parts: ExitParts) -> PassChoice:
 
 
 def _native(native: NativeModel, parts: ExitParts) -> RowPass:
-    return NativePass(native, parts.draft.linear)
+    narrow = parts.passes.narrow if isinstance(parts.passes, LayerPass) else None
+    return NativePass(native, parts.draft.linear, narrow)

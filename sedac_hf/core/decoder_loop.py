@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.draft_head import DraftHead
     from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.kv_fill import KVFill
+    from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
     from sedac_hf.core.probe_inference import ProbeManager
     from sedac_hf.core.recorded_pass import RecordedPass
 
@@ -38,15 +39,17 @@ class LayerPass:
     Positions, masks and the cache travel in the recorded calls.
     """
 
-    def __init__(self, shell: BaseShell, fill: KVFill) -> None:
+    def __init__(self, shell: BaseShell, fill: KVFill, narrow: NarrowTail | None = None) -> None:
         """Run the base's own layers.
 
         Args:
             shell: Shell of the base.
             fill: Fills skipped layers.
+            narrow: The layers with fewer channels; None where there is no order of channels.
         """
         self._shell = shell
         self._fill = fill
+        self.narrow = narrow
 
     def run(
         self,
@@ -55,6 +58,7 @@ class LayerPass:
         start: int,
         stop: int,
         left: Tensor | None = None,
+        kept: KeptChannels | None = None,
     ) -> Tensor:
         """Run layers `start` to `stop - 1`.
 
@@ -65,6 +69,7 @@ class LayerPass:
             stop: End of the layers.
             left: What has left, broadcastable to `[rows, seq, 1]`: it keeps its state, from which
                 its K/V are written. None when nothing has.
+            kept: How much of the MLPs each token of `[rows, seq]` runs; None for all.
 
         Returns:
             States after layer `stop - 1`.
@@ -72,7 +77,8 @@ class LayerPass:
         layers = self._shell.layer_list
         for i in range(start, stop):
             call = calls[i]
-            output = layers[i](hidden, *call.args, **call.kwargs)
+            layer = layers[i] if kept is None else self._narrowed(i, kept)
+            output = layer(hidden, *call.args, **call.kwargs)
             if isinstance(output, tuple):
                 output = output[0]
             if left is None:
@@ -80,6 +86,10 @@ class LayerPass:
             else:
                 hidden = torch.where(left.to(output.device), hidden.to(output.device), output)
         return hidden
+
+    def _narrowed(self, i: int, kept: KeptChannels) -> Any:
+        assert self.narrow is not None  # a session with soft exits has seen to it
+        return self.narrow.layer(i, kept.eighths[i])
 
     def run_all(self, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
         """Run every layer: the loop without exits."""

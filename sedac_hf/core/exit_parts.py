@@ -14,6 +14,7 @@ from sedac_hf.core.draft_head import DraftHead
 from sedac_hf.core.exit_cache import ExitCache
 from sedac_hf.core.exit_heads import ExitBlock, ExitHead, ExitLens, build_exit_head
 from sedac_hf.core.kv_fill import KVFill
+from sedac_hf.core.narrow_tail import NarrowTail
 from sedac_hf.core.support import module_device
 from sedac_hf.core.weights import WeightWatch
 from sedac_hf.errors import ConfigError
@@ -21,6 +22,7 @@ from sedac_hf.errors import ConfigError
 if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.base_shell import BaseShell
+    from sedac_hf.core.channel_order import ChannelOrder
     from sedac_hf.core.probe_inference import ProbeManager
 
 __all__ = ["Assembly", "build_heads", "check_cascade", "check_modules"]
@@ -41,6 +43,7 @@ class Assembly:
         heads: Sequence[ExitHead],
         probes: ProbeManager,
         draft_vocabulary: Tensor | None,
+        channel_order: ChannelOrder | None = None,
     ) -> None:
         """Assemble; reads no weights until `prepare`.
 
@@ -49,20 +52,39 @@ class Assembly:
             heads: Exit heads in the order of their checkpoints.
             probes: Risk probes in the same order.
             draft_vocabulary: Token ids of the draft vocabulary, or None for the whole one.
+            channel_order: The order of the MLPs' channels, for soft exits.
         """
+        narrow = None if channel_order is None else NarrowTail(shell, channel_order)
         first = min((head.layer_idx + 1 for head in heads), default=shell.num_layers)
         self._fill = KVFill(shell, first)
         self._probe_watch: WeightWatch | None = None
         self._controllers: dict[CascadeConfig, CascadeController] = {}
         self.parts = ExitParts(
             shell=shell,
-            passes=LayerPass(shell, self._fill),
+            passes=LayerPass(shell, self._fill, narrow),
             heads=tuple(heads),
             probes=probes,
             draft=DraftHead(shell, draft_vocabulary),
             layout=ExitCache(shell.num_layers, heads),
         )
         self.choices = PassChoices(self.parts)
+
+    def prepare_narrow(self) -> NarrowTail:
+        """The layers with fewer channels, up to date.
+
+        Raises:
+            ConfigError: If the model has no order of channels.
+            UnsupportedModelError: If the base's MLPs cannot be narrowed any more.
+        """
+        narrow = cast(LayerPass, self.parts.passes).narrow
+        if narrow is None:
+            raise ConfigError(
+                "soft exits need the order of the MLPs' channels, and this model has none. Give it "
+                "one with model.set_channel_order(channel_order(model.base, documents)) of "
+                "sedac_hf.calibration, or fit again."
+            )
+        narrow.prepare()
+        return narrow
 
     @property
     def fill(self) -> KVFill:

@@ -24,7 +24,8 @@ from sedac_hf.errors import CacheError
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
-    from sedac_hf.core.decoder_loop import ExitParts
+    from sedac_hf.core.decoder_loop import ExitParts, LayerPass
+    from sedac_hf.core.narrow_tail import KeptChannels
     from sedac_hf.core.row_pass import Mask, Placement
     from sedac_hf.core.stand_ins import LayerCall
 
@@ -110,10 +111,18 @@ class ModulePass:
         """See `RowPass.embed`."""
         return self._calls.embed(tokens, positions)
 
-    def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
+    def layers(
+        self,
+        hidden: Tensor,
+        at: Placement,
+        start: int,
+        stop: int,
+        kept: KeptChannels | None = None,
+    ) -> Tensor:
         """See `RowPass.layers`."""
         calls = self._begin(BASE, hidden, at)
-        return self._parts.passes.run(hidden, calls, start, stop)
+        passes = cast("LayerPass", self._parts.passes)
+        return passes.run(hidden, calls, start, stop, kept=kept)
 
     def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
         """See `RowPass.head`."""

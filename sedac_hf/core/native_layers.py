@@ -19,8 +19,16 @@ from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
     from sedac_hf._core import LayerWeights, LinearWeights, MatrixWeights, NormWeights
+    from sedac_hf.core.mlp_channels import MlpChannels
 
-__all__ = ["LayerSetting", "describe_layer", "describe_linear", "describe_matrix", "describe_norm"]
+__all__ = [
+    "LayerSetting",
+    "describe_gated",
+    "describe_layer",
+    "describe_linear",
+    "describe_matrix",
+    "describe_norm",
+]
 
 DTYPES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
@@ -168,6 +176,24 @@ def describe_layer(layer: nn.Module, setting: LayerSetting) -> LayerWeights:
     places = ("before_attention", "after_attention", "before_mlp", "after_mlp")
     whole = {**dict(zip(places, norms, strict=True)), **_attention(attention, setting), **gated}
     return cast("LayerWeights", whole)
+
+
+def describe_gated(channels: MlpChannels) -> dict[str, LinearWeights]:
+    """Gate, up and down of a gated unit that is given by its channels.
+
+    Args:
+        channels: The channels; they must be kept as long as what is returned.
+
+    Raises:
+        NotNativeError: If there is no gate, or a weight cannot be read.
+    """
+    if channels.gate is None:
+        raise NotNativeError("its MLP has no gate")
+    pairs = {"gate": channels.gate, "up": channels.up, "down": channels.down}
+    return {
+        name: (describe_matrix(weight), None if bias is None else _floats(bias))
+        for name, (weight, bias) in pairs.items()
+    }
 
 
 def _attention(module: Any, setting: LayerSetting) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from sedac_hf.core.huge_pages import join_pages
 from sedac_hf.core.native_layers import (
     DTYPES,
     LayerSetting,
+    describe_gated,
     describe_layer,
     describe_linear,
     describe_matrix,
@@ -29,11 +30,13 @@ from sedac_hf.errors import NotNativeError
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.exit_heads import ExitHead
+    from sedac_hf.core.mlp_channels import MlpChannels
+    from sedac_hf.core.narrow_tail import NarrowTail
 
 __all__ = ["NativeModel", "NativeParts"]
 
 # What holds for one object in one process.
-_OWN = ("_parts", "_refused", "_reason", "_joined", "_lock")
+_OWN = ("_parts", "_refused", "_reason", "_joined", "_narrow", "_lock")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class NativeParts:
 
     Attributes:
         base: The base's layers.
+        layers: What it was told of each of them.
         heads: Layers of the exit heads; None for heads that run through torch.
         output: Final norm and head.
         rotary: The base's rotary tables.
@@ -51,6 +55,7 @@ class NativeParts:
     """
 
     base: _core.LayerStack
+    layers: Sequence[_core.LayerWeights]
     heads: tuple[_core.LayerStack | None, ...]
     output: _core.OutputHead
     rotary: RotaryTables
@@ -65,6 +70,19 @@ class NativeParts:
         if [tensor._version for tensor in self.versioned] != versions:
             return False
         return [tensor.data_ptr() for tensor in self.tensors] == addresses
+
+
+@dataclass(frozen=True)
+class NarrowStack:
+    """Layers whose weights are copies.
+
+    Attributes:
+        stack: The layers.
+        weights: The copies.
+    """
+
+    stack: _core.LayerStack
+    weights: Sequence[MlpChannels]
 
 
 class NativeModel:
@@ -88,6 +106,7 @@ class NativeModel:
         self._reason: str | None = None
         self._refused: list[Any] | None = None
         self._joined: list[int] | None = None
+        self._narrow: tuple[NativeParts, int, NarrowStack] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -120,6 +139,30 @@ class NativeModel:
             if found is not None and self._is_current(found):
                 return found
             return self._rebuild()
+
+    def narrow_stack(self, parts: NativeParts, narrow: NarrowTail) -> NarrowStack:
+        """The base's layers with the channels of their gated units in the order of importance.
+
+        Layers before the first checkpoint, which everybody runs whole, are as they are.
+
+        Args:
+            parts: The present description.
+            narrow: Keeps the weights in that order.
+
+        Returns:
+            The layers, and weights that must live as long as these are used.
+        """
+        found = self._narrow
+        if found is not None and found[0] is parts and found[1] == narrow.version:
+            return found[2]
+        first = min((head.layer_idx + 1 for head in self.exit_heads), default=0)
+        tail = [narrow.ordered(i) for i in range(first, len(parts.layers))]
+        layers: list[Any] = list(parts.layers[:first])
+        for layer, channels in zip(parts.layers[first:], tail, strict=True):
+            layers.append({**layer, **describe_gated(channels)})
+        stack = NarrowStack(_core.LayerStack(layers, None), tail)
+        self._narrow = (parts, narrow.version, stack)
+        return stack
 
     def _is_current(self, found: NativeParts) -> bool:
         if not found.unchanged() or any(not has_no_hooks(m) for m in self._modules()):
@@ -184,6 +227,7 @@ class NativeModel:
         tensors = self._tensors(rotary)
         return NativeParts(
             base=_core.LayerStack(layers, None),
+            layers=layers,
             heads=tuple(self._head(head, settings) for head in self.exit_heads),
             output=self.output(base.get_output_embeddings()),
             rotary=rotary,

@@ -21,6 +21,7 @@ from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
     from sedac_hf import _core
+    from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
     from sedac_hf.core.native_model import NativeParts
 
 __all__ = ["NativePass"]
@@ -34,18 +35,25 @@ class NativePass:
     Use it from one thread at a time; passes of one model may run in several.
     """
 
-    def __init__(self, model: NativeModel, draft: nn.Linear | None = None) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        draft: nn.Linear | None = None,
+        narrow: NarrowTail | None = None,
+    ) -> None:
         """Start without rows; `load` or `begin` makes them.
 
         Args:
             model: The base and its heads.
             draft: Output layer of the draft vocabulary; None for the whole one.
+            narrow: The layers with fewer channels, for soft exits; None for none.
 
         Raises:
             NotNativeError: If the base cannot run natively; the message says why.
         """
         output = None if draft is None else (draft, model.output(draft))
         self._set_up(model, model.parts(thorough=True), True, output)
+        self._narrow = narrow
 
     @property
     def holds_trees(self) -> bool:
@@ -80,6 +88,7 @@ class NativePass:
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
         self._going: IntArray | None = None  # rows that are still run; None for all
+        self._narrow: NarrowTail | None = None
 
     @property
     def num_layers(self) -> int:
@@ -164,10 +173,26 @@ class NativePass:
             found: Tensor = self._shell.base.get_input_embeddings()(tokens)
             return found.float()
 
-    def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
-        """See `RowPass.layers`; states come out as float32."""
+    def layers(
+        self,
+        hidden: Tensor,
+        at: Placement,
+        start: int,
+        stop: int,
+        kept: KeptChannels | None = None,
+    ) -> Tensor:
+        """See `RowPass.layers`; states come out as float32.
+
+        With `kept` the channels of all rows are added up in the order of their importance, so that
+        a row's bits do not depend on what others keep; they differ by rounding from those without.
+        """
         parts = self._parts
-        return self._run(parts.base, BASE, hidden, None, at, (start, stop), parts)
+        if kept is None:
+            return self._run(parts.base, BASE, hidden, None, at, (start, stop), parts)
+        assert self._narrow is not None  # a session with soft exits has seen to it
+        narrow = self._model.narrow_stack(parts, self._narrow)
+        counts = self._narrow.counts(kept, start, stop)
+        return self._run(narrow.stack, BASE, hidden, None, at, (start, stop), parts, counts)
 
     def fill_last(self, hidden: Tensor, at: Placement) -> None:
         """Write the K/V of the base's last layer, and nothing more.
@@ -271,10 +296,11 @@ class NativePass:
         at: Placement,
         span: tuple[int, int | None],
         parts: NativeParts,
+        counts: IntArray | None = None,
     ) -> Tensor:
         if self._going is not None:
-            return self._run_some(stack, part, hidden, feedback, at, span, parts)
-        return self._run_rows(stack, part, hidden, feedback, at, span, parts, None)
+            return self._run_some(stack, part, hidden, feedback, at, span, parts, counts)
+        return self._run_rows(stack, part, hidden, feedback, at, span, parts, None, counts)
 
     def _run_some(
         self,
@@ -285,6 +311,7 @@ class NativePass:
         at: Placement,
         span: tuple[int, int | None],
         parts: NativeParts,
+        counts: IntArray | None,
     ) -> Tensor:
         """The rows that still go on; zeros for the others."""
         going = self._going
@@ -293,8 +320,11 @@ class NativePass:
         if len(going):
             some = torch.from_numpy(going)
             given = None if feedback is None else feedback[some]
+            if counts is not None:
+                by_row = counts.reshape(len(counts), len(hidden), -1)[:, going]
+                counts = np.ascontiguousarray(by_row.reshape(len(counts), -1))
             found[some] = self._run_rows(
-                stack, part, hidden[some], given, at.of(going), span, parts, going
+                stack, part, hidden[some], given, at.of(going), span, parts, going, counts
             )
         return found
 
@@ -308,6 +338,7 @@ class NativePass:
         span: tuple[int, int | None],
         parts: NativeParts,
         rows: IntArray | None,
+        counts: IntArray | None,
     ) -> Tensor:
         width = hidden.shape[-1]
         # The core writes over what it is given.
@@ -324,6 +355,7 @@ class NativePass:
             *span,
             threads(),
             rows,
+            counts,
         )
         return states.view(hidden.shape)
 

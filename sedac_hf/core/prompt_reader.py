@@ -84,7 +84,8 @@ class PromptReader:
         self.states: list[Tensor] = []
         self._run = run
         self._parts = parts
-        wanted = session.cascade is not None or session.drafts
+        asks = session.cascade is not None and not session.is_soft
+        wanted = asks or session.drafts
         follows = wanted and heads_follow(parts.layout, session, cache)
         self._heads = [
             (k, head)

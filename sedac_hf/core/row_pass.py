@@ -8,11 +8,14 @@ settled, or a tree of drafts. One call runs some nodes of every row from one lay
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from sedac_hf.core.narrow_tail import KeptChannels
 
 __all__ = ["BASE", "Placement", "RowPass"]
 
@@ -127,7 +130,14 @@ class RowPass(Protocol):
         """
         ...
 
-    def layers(self, hidden: Tensor, at: Placement, start: int, stop: int) -> Tensor:
+    def layers(
+        self,
+        hidden: Tensor,
+        at: Placement,
+        start: int,
+        stop: int,
+        kept: KeptChannels | None = None,
+    ) -> Tensor:
         """Run the base's layers `start` to `stop - 1`.
 
         Args:
@@ -135,6 +145,7 @@ class RowPass(Protocol):
             at: Where the nodes stand.
             start: First layer.
             stop: End of the layers.
+            kept: How much of the MLPs each node runs; None for all.
 
         Returns:
             States after layer `stop - 1`, same shape.

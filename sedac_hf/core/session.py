@@ -40,6 +40,9 @@ class StepRecord:
         probabilities: Largest probability of the exit there, same shape; NaN where it was not
             asked.
         tries: Whether the exit head was tried there, same shape.
+        soft_exits: Index of the checkpoint behind which each row ran on fewer channels, `[rows]`;
+            -1 where it did not. None without soft exits. Such a row has left nowhere.
+        kept: Share of all MLPs' channels that each row ran, `[rows]`; None without soft exits.
     """
 
     layers: npt.NDArray[np.int64]
@@ -48,6 +51,8 @@ class StepRecord:
     confidences: FloatArray
     probabilities: FloatArray
     tries: npt.NDArray[np.bool_]
+    soft_exits: npt.NDArray[np.int64] | None = None
+    kept: FloatArray | None = None
 
     @classmethod
     def full_depth(cls, rows: int, num_layers: int, num_checkpoints: int) -> StepRecord:
@@ -114,6 +119,8 @@ class ExitStats:
             self._layers_run = 0
             self._tails = 0
             self._exits = dict.fromkeys(self._checkpoints, 0)
+            self._soft = dict.fromkeys(self._checkpoints, 0)
+            self._narrowed = 0.0
             self._tries = dict.fromkeys(self._checkpoints, 0)
 
     def add(self, layers: npt.NDArray[np.int64], tries: npt.NDArray[np.bool_]) -> None:
@@ -133,6 +140,30 @@ class ExitStats:
                 self._layers_run += min(layer + 1, self.depth)
             for layer, count in zip(self._checkpoints, tried, strict=True):
                 self._tries[layer] += count
+
+    def add_record(self, record: StepRecord, rows: Any = slice(None)) -> None:
+        """Count the tokens of a step.
+
+        Args:
+            record: What was decided.
+            rows: Which rows count.
+        """
+        self.add(record.layers[rows], record.tries[rows])
+        if record.soft_exits is not None and record.kept is not None:
+            self.add_soft(record.soft_exits[rows], record.kept[rows])
+
+    def add_soft(self, soft_exits: npt.NDArray[np.int64], kept: npt.NDArray[np.float32]) -> None:
+        """Count what soft exits saved of tokens that were added.
+
+        Args:
+            soft_exits: Index of each token's checkpoint, `[tokens]`; -1 for none.
+            kept: Share of all MLPs' channels that each ran, `[tokens]`.
+        """
+        counts = np.bincount(soft_exits[soft_exits >= 0], minlength=len(self._checkpoints))
+        with self._lock:
+            for layer, count in zip(self._checkpoints, counts.tolist(), strict=True):
+                self._soft[layer] += count
+            self._narrowed += float((1.0 - kept.astype(np.float64)).sum())
 
     def add_tails(self, tails: int) -> None:
         """Count tails of rows that were run for settled exits, each for one token or several."""
@@ -168,6 +199,27 @@ class ExitStats:
             return sum(self._exits.values()) / self._tokens if self._tokens else 0.0
 
     @property
+    def soft_exits_by_layer(self) -> dict[int, int]:
+        """Tokens whose later layers ran on fewer channels, by checkpoint."""
+        with self._lock:
+            return dict(self._soft)
+
+    @property
+    def soft_exit_share(self) -> float:
+        """Share of tokens whose later layers ran on fewer channels, 0 when there are none."""
+        with self._lock:
+            return sum(self._soft.values()) / self._tokens if self._tokens else 0.0
+
+    @property
+    def mean_kept_share(self) -> float:
+        """Share of the MLPs' channels that a token ran in the layers it went through, on average.
+
+        1 without soft exits: what hard exits save is in `mean_depth`.
+        """
+        with self._lock:
+            return 1.0 - self._narrowed / self._tokens if self._tokens else 1.0
+
+    @property
     def mean_depth(self) -> float:
         """Layers run per token on average; the full depth when there are no tokens."""
         with self._lock:
@@ -182,6 +234,9 @@ class ExitStats:
             "exit_share": self.exit_share,
             "exits_by_layer": self.exits_by_layer,
             "tries_by_layer": self.tries_by_layer,
+            "soft_exit_share": self.soft_exit_share,
+            "soft_exits_by_layer": self.soft_exits_by_layer,
+            "mean_kept_share": self.mean_kept_share,
             "tails": self.tails,
             "runs_on": self.runs_on,
             "runs_on_reason": self.runs_on_reason,
@@ -208,6 +263,11 @@ class ExitStats:
             f"{self.tokens} tokens, {self.exit_share:.1%} left early, mean depth "
             f"{self.mean_depth:.1f} of {self.depth} layers, exits by layer {{{exits}}}"
         )
+        if any(self.soft_exits_by_layer.values()):
+            text += (
+                f", {self.soft_exit_share:.1%} on fewer channels, {self.mean_kept_share:.1%} of "
+                "the MLPs' channels run"
+            )
         if self.drafts.passes:
             text += f", {self.drafts.tokens_per_pass:.2f} tokens per verification"
         return text
@@ -266,7 +326,14 @@ class ExitSession:
     @property
     def on_pass(self) -> bool:
         """Whether the call can be decoded by loops over a pass of its own."""
-        return self.mode in ("exact", "plain") or (self.settles and self.cascade is not None)
+        return self.mode in ("exact", "plain") or (
+            self.cascade is not None and (self.settles or self.is_soft)
+        )
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether exits run the later layers on fewer channels."""
+        return self.cascade is not None and self.cascade.config.is_soft
 
     def commit(
         self,

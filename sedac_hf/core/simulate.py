@@ -13,6 +13,7 @@ from sedac_hf.core.cache_names import cache_in
 from sedac_hf.core.decoder_loop import ExitParts
 from sedac_hf.core.exit_step import checkpoint_decision, top_probability
 from sedac_hf.core.recorded_pass import RecordedPass
+from sedac_hf.core.soft_loop import SoftSimulation
 from sedac_hf.core.stepwise import empty_trace, step_by_step
 from sedac_hf.errors import ConfigError, ModeError
 from sedac_hf.generation.logits_processor import scale_exits
@@ -43,7 +44,8 @@ def simulate(
         cascade: Decides who leaves.
         arguments: What the base's forward is given.
         exit_start: First position of each row at which exits may act; None is 0.
-        settles: Whether the tail of exited tokens is run after all, so that K/V are the base's.
+        settles: Whether the tail of exited tokens is run after all, so that K/V are the base's; not
+            that of soft exits, whose K/V are those of the narrower tail.
 
     Returns:
         The base's output, with what each position did.
@@ -63,7 +65,12 @@ def simulate(
     given = arguments.get("input_ids")
     given = arguments["inputs_embeds"] if given is None else given
     eligible = eligible_positions((given.shape[0], given.shape[1]), exit_start, mask)
-    if settles:
+    loop: SimulateLoop | SoftSimulation
+    if cascade.config.is_soft:
+        loop = SoftSimulation(parts, cascade, eligible)
+        logits = parts.shell.run(loop, **arguments).logits
+        trace = loop.trace
+    elif settles:
         recorded = RecordedPass.record(parts, arguments)
         trace, states = settled_states(parts, cascade, recorded, arguments, eligible)
         logits = parts.shell.logits(states)
@@ -83,6 +90,9 @@ def simulate(
         confidences=torch.from_numpy(trace.confidences),
         probabilities=torch.from_numpy(trace.probabilities),
     )
+    if trace.soft_exits is not None and trace.kept is not None:
+        output.soft_exits = torch.from_numpy(trace.soft_exits)
+        output.kept_shares = torch.from_numpy(trace.kept)
     if labels is not None:
         base = parts.shell.base
         vocabulary = parts.shell.vocabulary_size

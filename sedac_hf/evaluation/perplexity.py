@@ -18,7 +18,7 @@ from sedac_hf.errors import CalibrationError, ModeError
 from sedac_hf.evaluation.benchmark import benchmark
 from sedac_hf.evaluation.intervals import bootstrap_ratio
 from sedac_hf.evaluation.report import build_report, save_report
-from sedac_hf.evaluation.scoring import score_documents, split_hash
+from sedac_hf.evaluation.scoring import DocumentScores, score_documents, split_hash
 from sedac_hf.evaluation.settled_scoring import score_policies
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class PerplexityResult:
             exits; None stands for an NLL that is not finite.
         split: Hash of the documents.
         seed: Seed of the bootstrap.
+        soft_exit_share: Share of the decode steps whose later layers ran on fewer channels.
+        mean_kept_share: Share of all MLPs' channels that a decode step ran; 1 without soft exits.
     """
 
     base_ppl: float
@@ -84,6 +86,8 @@ class PerplexityResult:
     per_document: tuple[dict[str, Any], ...]
     split: str
     seed: int
+    soft_exit_share: float = 0.0
+    mean_kept_share: float = 1.0
 
 
 def paired_perplexity(
@@ -93,6 +97,7 @@ def paired_perplexity(
     cascade: CascadeConfig | None = None,
     exits: bool = True,
     baseline: SedacForCausalLM | None = None,
+    full: DocumentScores | None = None,
     batch_tokens: int | None = None,
     resamples: int = 2000,
     seed: int = 0,
@@ -105,6 +110,7 @@ def paired_perplexity(
         cascade: Thresholds to use in place of the model's own.
         exits: Whether exits are final; without them (or without thresholds) both are the base.
         baseline: A wrapper whose full depth to compare with; None for the model's own base.
+        full: Scores of the same documents at full depth, where they are known.
         batch_tokens: Most tokens of one forward; None picks it from the vocabulary.
         resamples: Bootstrap resamples over documents.
         seed: Seed of the bootstrap.
@@ -116,7 +122,9 @@ def paired_perplexity(
         CalibrationError: If no document has a token that the base can score.
     """
     rules = (cascade or model.cascade) if exits else None
-    if rules is not None:
+    if rules is not None and full is not None:
+        (exited,) = score_policies(model, documents, [rules], batch_tokens=batch_tokens)
+    elif rules is not None:
         full, exited = score_policies(model, documents, [None, rules], batch_tokens=batch_tokens)
     else:
         full = score_documents(model, documents, None, exits="off", batch_tokens=batch_tokens)
@@ -165,6 +173,8 @@ def paired_perplexity(
         ),
         split=split_hash(documents),
         seed=seed,
+        soft_exit_share=other.soft_exit_share,
+        mean_kept_share=other.mean_kept_share,
     )
 
 

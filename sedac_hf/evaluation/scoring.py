@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +46,18 @@ class DocumentScores:
         steps: Scored tokens that a decode step (where exits act) predicts, shape `[D]`. The first
             token after a prompt is predicted by the prompt's own pass.
         exits: Decode steps by the number of layers that they ran, shape `[D, layers + 1]`.
+        soft_exits: Decode steps that ran later layers on fewer channels, shape `[D]`; None without
+            soft exits.
+        narrowed: Sum over the decode steps of the share of all MLPs' channels left out, shape
+            `[D]`; None without soft exits.
     """
 
     nll: npt.NDArray[np.float64]
     tokens: npt.NDArray[np.int64]
     steps: npt.NDArray[np.int64]
     exits: npt.NDArray[np.int64]
+    soft_exits: npt.NDArray[np.int64] | None = None
+    narrowed: npt.NDArray[np.float64] | None = None
 
     @property
     def mean_nll(self) -> npt.NDArray[np.float64]:
@@ -72,11 +78,25 @@ class DocumentScores:
         total = int(self.exits.sum())
         return float(self.exits.sum(axis=0) @ layers / total) if total else float(layers[-1])
 
+    @property
+    def soft_exit_share(self) -> float:
+        """Share of the decode steps that ran later layers on fewer channels."""
+        total = int(self.exits.sum())
+        return 0.0 if self.soft_exits is None or not total else float(self.soft_exits.sum() / total)
+
+    @property
+    def mean_kept_share(self) -> float:
+        """Share of all MLPs' channels that a decode step ran on average; 1 without soft exits."""
+        total = int(self.exits.sum())
+        return 1.0 if self.narrowed is None or not total else float(1 - self.narrowed.sum() / total)
+
     def selected(self, index: npt.NDArray[np.intp]) -> DocumentScores:
         """The scores of the documents at `index`, in its order."""
         return DocumentScores(
-            self.nll[index], self.tokens[index], self.steps[index], self.exits[index]
-        )
+            self.nll[index], self.tokens[index], self.steps[index], self.exits[index],
+            None if self.soft_exits is None else self.soft_exits[index],
+            None if self.narrowed is None else self.narrowed[index],
+        )  # fmt: skip
 
 
 def score_documents(
@@ -115,22 +135,26 @@ def score_documents(
     size = len(documents)
     nll, tokens, steps = np.zeros(size), np.zeros(size, np.int64), np.zeros(size, np.int64)
     counts = np.zeros((size, depth + 1), np.int64)
+    soft, narrowed = np.zeros(size, np.int64), np.zeros(size)
     with torch.inference_mode(), model.cascade_replaced(cascade):
         for group in length_batches(documents, budget):
             start = [max(documents[i].prompt_length, 1) for i in group]
-            logits, layers = _forward(model, [documents[i] for i in group], start, how, depth)
+            out, layers = _forward(model, [documents[i] for i in group], start, how, depth)
             for row, i in enumerate(group):
                 ids = torch.from_numpy(documents[i].ids)
                 length, first = len(ids), start[row]
-                nll[i] = _nll(logits[row, first - 1 : length - 1], ids[first:])
+                nll[i] = _nll(out.logits[row, first - 1 : length - 1], ids[first:])
                 tokens[i] = length - first
                 # Position `first` is the first that a decode step runs on; the last has no target.
                 steps[i] = max(0, length - 1 - first)
                 left = layers[row, first : length - 1]
                 ran = np.where(left < depth, left + 1, depth)
                 counts[i] = np.bincount(ran, minlength=depth + 1)
-            del logits
-    return DocumentScores(nll, tokens, steps, counts)
+                if (kept := getattr(out, "kept_shares", None)) is not None:
+                    narrowed[i] = float((1 - kept[row, first : length - 1].double()).sum())
+                    soft[i] = int((out.soft_exits[row, first : length - 1] >= 0).sum())
+            del out
+    return DocumentScores(nll, tokens, steps, counts, soft, narrowed)
 
 
 def document_deltas(full: DocumentScores, exited: DocumentScores) -> npt.NDArray[np.float64]:
@@ -183,8 +207,8 @@ def length_batches(documents: Sequence[Document], budget: int) -> Iterator[list[
 
 def _forward(
     model: SedacForCausalLM, documents: Sequence[Document], start: list[int], how: str, depth: int
-) -> tuple[Tensor, npt.NDArray[np.int64]]:
-    """Logits `[rows, width, vocabulary]` and exit layers `[rows, width]` of right-padded rows."""
+) -> tuple[Any, npt.NDArray[np.int64]]:
+    """Output and exit layers `[rows, width]` of right-padded rows."""
     ids, mask = padded(documents)
     device = model.device
     out = model(
@@ -197,7 +221,7 @@ def _forward(
     layers = np.full(ids.shape, depth, dtype=np.int64)
     if how == "simulate":
         layers = out.exit_layers.cpu().numpy().astype(np.int64)
-    return out.logits, layers
+    return out, layers
 
 
 def _nll(logits: Tensor, targets: Tensor) -> float:

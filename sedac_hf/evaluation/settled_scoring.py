@@ -47,7 +47,8 @@ def score_policies(
     """Score the same documents under each of several cascades.
 
     Where exits are settled, K/V do not depend on them: one forward of the base serves every
-    cascade, and only exit heads are run again. With `propagate` each cascade has its own forwards.
+    cascade, and only exit heads are run again. With `propagate`, and with soft exits, each cascade
+    has its own forwards.
 
     Args:
         model: The wrapped model.
@@ -63,22 +64,29 @@ def score_policies(
     """
     if not documents:
         raise CalibrationError("there are no documents to score; pass at least one.")
-    if model.config.kv_mode != "settle":
-        return [
-            score_documents(model, documents, cascade, batch_tokens=batch_tokens)
-            for cascade in cascades
-        ]
+    apart = {
+        i: score_documents(model, documents, cascade, batch_tokens=batch_tokens)
+        for i, cascade in enumerate(cascades)
+        if model.config.kv_mode != "settle" or (cascade is not None and cascade.is_soft)
+    }
+    if len(apart) == len(cascades):
+        return [apart[i] for i in range(len(cascades))]
     model.assembly.prepare()
     parts = model.assembly.parts
     width = int(model.config.get_text_config().hidden_size)
     budget = batch_tokens or max(1, _MAX_STATES // (width * (len(parts.heads) + 2)))
-    tables = [_Table(len(documents), parts.shell.num_layers) for _ in cascades]
+    tables = {
+        i: _Table(len(documents), parts.shell.num_layers)
+        for i in range(len(cascades))
+        if i not in apart
+    }
     with torch.inference_mode():
         for group in length_batches(documents, budget):
             batch = _Batch(model, parts, [documents[i] for i in group])
-            for cascade, table in zip(cascades, tables, strict=True):
-                batch.score(cascade, table, group)
-    return [table.scores() for table in tables]
+            for i, table in tables.items():
+                batch.score(cascades[i], table, group)
+    scores = apart | {i: table.scores() for i, table in tables.items()}
+    return [scores[i] for i in range(len(cascades))]
 
 
 class _Table:

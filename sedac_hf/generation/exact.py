@@ -62,8 +62,9 @@ class ExactDecoding(ModeControl):
                 reason = reason or why_not(call, model_kwargs)
             if reason is None and session.mode == "exact":
                 return self._decode_exactly(session, choice, call, model_kwargs)
-            # Without exits there is nothing to gain but the native pass.
-            gains = session.mode != "plain" or choice.name == "native"
+            # Where no tail waits for others there is nothing to gain but the native pass.
+            waits = session.mode != "plain" and not session.is_soft
+            gains = waits or choice.name == "native"
             if reason is None and gains and choice.build is not None:
                 return decode_settled(self, session, choice, call, model_kwargs)
             if reason is not None and choice.build is not None:

@@ -117,7 +117,7 @@ def _finish_exact(result: Any, session: ExitSession, stats: ExitStats) -> None:
 def _count(records: Sequence[StepRecord], real: Mask | None, stats: ExitStats) -> None:
     for step, record in enumerate(records):
         rows = slice(None) if real is None else real[:, step]
-        stats.add(record.layers[rows], record.tries[rows])
+        stats.add_record(record, rows)
 
 
 def _layers_of_rows(

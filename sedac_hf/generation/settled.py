@@ -12,6 +12,7 @@ from sedac_hf.generation.exit_governor import ExitGovernor, is_governed
 from sedac_hf.generation.prompt import read_prompt
 from sedac_hf.generation.row_texts import RowTexts
 from sedac_hf.generation.settle_loop import SettleLoop
+from sedac_hf.generation.soft_pass_loop import SoftPassLoop
 
 if TYPE_CHECKING:
     from sedac_hf.core.choose_pass import PassChoice
@@ -33,7 +34,7 @@ def decode_settled(
 
     Args:
         model: The wrapped model.
-        session: The call; certified with a cascade, or plain.
+        session: The call; certified with a cascade (its exits settled, or soft), or plain.
         choice: What runs layers and heads.
         call: What transformers handed over.
         model_kwargs: What transformers carries from step to step.
@@ -46,7 +47,8 @@ def decode_settled(
     state = prompt.state
     texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
-    loop = SettleLoop(
+    kind = SoftPassLoop if session.is_soft else SettleLoop
+    loop = kind(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
         max_pending=model.config.max_pending, keeps_states=prompt.stores, rests=not prompt.stores,
     )  # fmt: skip

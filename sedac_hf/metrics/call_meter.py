@@ -59,7 +59,8 @@ class CallMeter:
         self._processor = processor
         self._mode = mode
         self._depth = depth
-        self._layers = TensorBuffer(np.array(layers, np.int64))
+        self._places = np.array(layers, np.int64)
+        self._layers = TensorBuffer(self._places)
         self._thresholds = TensorBuffer(np.array(thresholds, np.float32))
         self._first = True
         self._held: tuple[StepRecord, float] | None = None
@@ -194,14 +195,15 @@ class CallMeter:
     def _send(self, record: StepRecord, tokens: IntArray, rows: Mask, seconds: float) -> None:
         checkpoints: list[TensorBuffer | None] | None = None
         if record.risks.shape[1]:
+            left, skipped = self._left(record)
             checkpoints = [
                 self._layers,
                 self._thresholds,
-                TensorBuffer(record.checkpoints),
+                TensorBuffer(left),
                 TensorBuffer(record.risks),
                 TensorBuffer(record.confidences),
                 TensorBuffer(record.tries),
-                None,
+                None if skipped is None else TensorBuffer(skipped),
             ]
         self._processor.submit(
             self._mode,
@@ -212,3 +214,15 @@ class CallMeter:
             counts=TensorBuffer(rows),
             checkpoints=checkpoints,
         )
+
+    def _left(self, record: StepRecord) -> tuple[IntArray, npt.NDArray[np.float32] | None]:
+        """Checkpoint of each row's exit, hard or soft, and the share of the rest that it skipped.
+
+        None is all of it. Of a soft exit it is the share of the channels behind the checkpoint.
+        """
+        soft, kept = record.soft_exits, record.kept
+        if soft is None or kept is None:
+            return record.checkpoints, None
+        # A row without an exit has index -1; its share is not looked at.
+        behind = np.maximum(self._depth - 1 - self._places[soft], 1)
+        return soft, np.asarray((1.0 - kept) * self._depth / behind, np.float32)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from sedac_hf.core.base_shell import BaseShell, LayerCall
     from sedac_hf.core.kv_fill import KVFill
+    from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
 
 __all__ = ["NoisyPass"]
 
@@ -33,6 +34,7 @@ class NoisyPass(LayerPass):
         checkpoints: Collection[int],
         strength: float,
         seed: int,
+        narrow: NarrowTail | None = None,
     ) -> None:
         """Prepare one forward.
 
@@ -42,8 +44,9 @@ class NoisyPass(LayerPass):
             checkpoints: Layers behind which noise is added; -1 is the embedding.
             strength: Size of the noise relative to a state's root mean square; 0 adds none.
             seed: Seed of the noise. Two strengths of one seed have the same z.
+            narrow: The layers with fewer channels, for soft exits.
         """
-        super().__init__(shell, fill)
+        super().__init__(shell, fill, narrow)
         self._stops = {layer + 1 for layer in checkpoints}
         self._strength = strength
         self._generator = torch.Generator().manual_seed(seed)
@@ -55,9 +58,10 @@ class NoisyPass(LayerPass):
         start: int,
         stop: int,
         left: Tensor | None = None,
+        kept: KeptChannels | None = None,
     ) -> Tensor:
         """See `LayerPass.run`; what has left is not disturbed."""
-        output = super().run(hidden, calls, start, stop, left)
+        output = super().run(hidden, calls, start, stop, left, kept)
         if stop not in self._stops or self._strength == 0:
             return output
         # Drawn on the CPU, so that every device gets the same.

@@ -227,7 +227,7 @@ class _Batch:
         assert cascade is not None
         controller = assembly.controller(cascade)
         recorded = RecordedPass.record(self._parts(strength), self._arguments)
-        if self._model.config.kv_mode == "settle":
+        if self._model.config.kv_mode == "settle" and not cascade.is_soft:
             trace, states = settled_states(
                 self._parts(strength), controller, recorded, self._arguments, self._eligible
             )
@@ -235,6 +235,9 @@ class _Batch:
         else:
             found = simulate(self._parts(strength), controller, self._arguments, self._start)
             layers, logits = np.asarray(found.exit_layers), cast(Tensor, found.logits)
+            if found.soft_exits is not None:
+                places = np.array([*cascade.layer_indices, self._model.shell.num_layers])
+                layers = places[np.asarray(found.soft_exits)]  # -1 picks the last: full width
             chosen = torch.from_numpy(self._eligible).to(logits.device)
             tokens = logits[chosen].argmax(-1).cpu().numpy()
         layers = layers[self._eligible]
@@ -244,7 +247,12 @@ class _Batch:
     def _parts(self, strength: float) -> ExitParts:
         assembly = self._model.assembly
         checkpoints = [head.layer_idx for head in assembly.parts.heads]
-        passes = NoisyPass(self._model.shell, assembly.fill, checkpoints, strength, self._seed)
+        cascade = self._model.cascade
+        soft = cascade is not None and cascade.is_soft
+        narrow = assembly.prepare_narrow() if soft else None
+        passes = NoisyPass(
+            self._model.shell, assembly.fill, checkpoints, strength, self._seed, narrow
+        )
         return replace(assembly.parts, passes=passes)
 
     def _tokens(self, states: Tensor) -> npt.NDArray[np.int64]:

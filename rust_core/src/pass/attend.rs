@@ -24,7 +24,7 @@ impl Call<'_> {
         self.pack_attended(own, layer);
         self.linear(team, &layer.output, &own.inputs, buffers.added);
         team.wait()?;
-        self.add(own, layer.norms.after_attention.as_ref());
+        self.add(own, layer.norms.after_attention.as_ref(), &self.everyone);
         Ok(())
     }
 

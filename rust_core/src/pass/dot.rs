@@ -2,7 +2,8 @@
 //!
 //! `out[token, row] = sum over columns of inputs[token, column] * matrix[row, column]`. Each sum
 //! runs over lines of columns into the lanes of one vector, in the same order in every tile, so
-//! that a token's result does not depend on how many tokens there are.
+//! that a token's result does not depend on how many tokens there are. Inputs of fewer columns than
+//! the matrix are multiplied with its first ones.
 
 // Loops run by index: what iterators call need not be compiled for the caller's instructions.
 #![allow(clippy::needless_range_loop)]
@@ -51,7 +52,7 @@ pub unsafe fn product(
     inputs: &Inputs,
     out: Output<'_>,
 ) {
-    assert_eq!(inputs.columns(), matrix.columns(), "inputs of another width than the matrix");
+    assert!(inputs.columns() <= matrix.columns(), "inputs wider than the matrix");
     assert!(rows.end <= matrix.rows(), "rows that the matrix does not have");
     assert_eq!(inputs.order(), kernel.order(matrix.float()), "inputs packed for another type");
     let product = Product { kernel, matrix, rows, inputs, out };
@@ -84,7 +85,7 @@ impl Product<'_> {
     /// cache, a group in the second.
     fn all<E: Element>(&self) {
         let tiles = self.inputs.tiles();
-        let row_bytes = self.matrix.columns() * size_of::<E>();
+        let row_bytes = self.inputs.columns() * size_of::<E>();
         let most = (NEAR * tiles / row_bytes / 12).max(1) * 12;
         let mut from = self.rows.start;
         while from < self.rows.end {
@@ -112,17 +113,46 @@ impl Product<'_> {
         ahead: usize,
     ) {
         debug_assert_eq!(tile.tokens, T);
-        let (matrix, out) = (self.matrix, self.out);
+        let (matrix, out, columns) = (self.matrix, self.out, self.inputs.columns());
         let (lines, tiles) = (self.inputs.lines(tile), self.inputs.tiles());
         let number = PhantomData::<E>;
-        self.kernel.run(Part::<E, R, T> { matrix, rows, lines, tile, tiles, ahead, out, number });
+        if columns == matrix.columns() {
+            let all = Part::<E, R, T, false> {
+                matrix,
+                columns,
+                rows,
+                lines,
+                tile,
+                tiles,
+                ahead,
+                out,
+                number,
+            };
+            self.kernel.run(all);
+        } else {
+            let some = Part::<E, R, T, true> {
+                matrix,
+                columns,
+                rows,
+                lines,
+                tile,
+                tiles,
+                ahead,
+                out,
+                number,
+            };
+            self.kernel.run(some);
+        }
     }
 }
 
 /// Some rows by one tile of `T` tokens, `R` rows at a time. A function of its own for each shape:
-/// in a larger one, the compiler does not keep all sums in registers.
-struct Part<'a, E, const R: usize, const T: usize> {
+/// in a larger one, the compiler does not keep all sums in registers. `APART`: only the first
+/// columns of the rows are read, so that what is read lies apart.
+struct Part<'a, E, const R: usize, const T: usize, const APART: bool> {
     matrix: &'a Matrix,
+    /// Columns that are multiplied: all, or the first ones.
+    columns: usize,
     rows: Range<usize>,
     lines: *const f32,
     tile: Tile,
@@ -134,7 +164,9 @@ struct Part<'a, E, const R: usize, const T: usize> {
     number: PhantomData<E>,
 }
 
-impl<E: Element, const R: usize, const T: usize> Work for Part<'_, E, R, T> {
+impl<E: Element, const R: usize, const T: usize, const APART: bool> Work
+    for Part<'_, E, R, T, APART>
+{
     type Output = ();
 
     #[inline(always)]
@@ -154,11 +186,11 @@ impl<E: Element, const R: usize, const T: usize> Work for Part<'_, E, R, T> {
     }
 }
 
-impl<E: Element, const R: usize, const T: usize> Part<'_, E, R, T> {
+impl<E: Element, const R: usize, const T: usize, const APART: bool> Part<'_, E, R, T, APART> {
     /// `N` rows by `T` tokens: each weight is read and widened once for all of the tokens.
     #[inline(always)]
     unsafe fn sums<M: Multiply<Number = E>, const N: usize>(&self, row: usize) {
-        let (columns, step) = (self.matrix.columns(), M::ORDER.columns());
+        let (columns, stride, step) = (self.columns, self.matrix.columns(), M::ORDER.columns());
         let (whole, left) = (columns / step, columns % step);
         let mut numbers: *const E = self.matrix.row(row);
         let mut lines = self.lines;
@@ -166,25 +198,35 @@ impl<E: Element, const R: usize, const T: usize> Part<'_, E, R, T> {
         let each = N * step * size_of::<E>() / self.tiles;
         let skip = self.ahead + self.tile.index * whole * each;
         let mut next = numbers.cast::<u8>().wrapping_add(skip);
+        // Where rows lie apart, the same columns of rows further on, asked for by the first tile.
+        let row_bytes = stride * size_of::<E>();
+        let further = (self.ahead / (columns * size_of::<E>())).next_multiple_of(N) * row_bytes;
         // SAFETY: all reads stay within `N` rows of the matrix and the tile's lines; what is left
         // of a row behind its whole steps is copied out.
         unsafe {
             let mut tails = [[E::default(); LONGEST]; N];
             if left > 0 {
                 for r in 0..N {
-                    let from = numbers.add(r * columns + whole * step);
+                    let from = numbers.add(r * stride + whole * step);
                     std::ptr::copy_nonoverlapping(from, tails[r].as_mut_ptr(), left);
                 }
             }
             let mut sums = [[M::Sum::splat(0.0); T]; N];
             for _ in 0..whole {
-                let mut line = 0;
-                while line < each {
-                    M::Sum::prefetch(next.wrapping_add(line));
-                    line += LINE;
+                if !APART {
+                    let mut line = 0;
+                    while line < each {
+                        M::Sum::prefetch(next.wrapping_add(line));
+                        line += LINE;
+                    }
+                    next = next.wrapping_add(each);
+                } else if self.tile.index == 0 {
+                    for r in 0..N {
+                        let row = numbers.cast::<u8>().wrapping_add(further + r * row_bytes);
+                        M::Sum::prefetch(row);
+                    }
                 }
-                next = next.wrapping_add(each);
-                add_step::<M, N, T>(numbers, columns, lines, &mut sums);
+                add_step::<M, N, T>(numbers, stride, lines, &mut sums);
                 numbers = numbers.wrapping_add(step);
                 lines = lines.wrapping_add(T * STEP);
             }

@@ -36,6 +36,7 @@ pub mod softmax;
 pub mod stack;
 pub mod team;
 pub mod threads;
+mod widths;
 
 #[cfg(test)]
 mod tests;

@@ -17,6 +17,7 @@ use super::shared::Shared;
 use super::stack::{Stack, Tokens};
 use super::team::{Stopped, Team};
 use super::threads;
+use super::widths::Widths;
 use crate::error::Result;
 
 /// Fewest rows of a matrix that are dealt out at a time: whole tiles of any shape.
@@ -44,9 +45,11 @@ pub(super) struct Call<'a> {
     feedback: Option<&'a [f32]>,
     pub(super) tokens: Tokens<'a>,
     layers: Range<usize>,
+    widths: Vec<Widths>,
     fills: bool,
     pub(super) buffers: Buffers<'a>,
     result: Shared<'a>,
+    pub(super) everyone: Vec<usize>,
     pub(super) count: usize,
     width: usize,
 }
@@ -68,7 +71,7 @@ pub(super) fn run(
     fills: bool,
     threads: usize,
 ) -> Result<()> {
-    let Tokens { states, feedback, at, rotations } = tokens;
+    let Tokens { states, feedback, at, rotations, kept } = tokens;
     let width = stack.width();
     let count = states.len() / width;
     let most = |size: fn(&Layer) -> usize| stack.layers().iter().map(size).max().unwrap_or(0);
@@ -90,10 +93,26 @@ pub(super) fn run(
     };
     let initial = states.to_vec();
     let result = Shared::new(states);
-    let tokens = Tokens { states: &mut [], feedback, at, rotations };
-    let shares = 8 * layers.len() + 2;
-    let call =
-        Call { stack, cache, feedback, tokens, layers, fills, buffers, result, count, width };
+    let tokens = Tokens { states: &mut [], feedback, at, rotations, kept };
+    let inners: Vec<usize> =
+        stack.layers()[layers.clone()].iter().map(|layer| layer.gate.matrix.rows()).collect();
+    let widths = Widths::all(&inners, kept, count);
+    let groups: usize = widths.iter().map(|widths| widths.groups().len()).sum();
+    let shares = 6 * layers.len() + 2 * groups + 2;
+    let call = Call {
+        stack,
+        cache,
+        feedback,
+        tokens,
+        layers,
+        widths,
+        fills,
+        buffers,
+        result,
+        everyone: (0..count).collect(),
+        count,
+        width,
+    };
     threads::run(threads, shares, &|team: &Team<'_>| call.run(team, &initial))
 }
 
@@ -113,7 +132,7 @@ impl Call<'_> {
                 return self.keys_and_values(team, &mut own, index, layer, None);
             }
             self.attend(team, &mut own, index, layer)?;
-            self.gated_unit(team, &mut own, layer)?;
+            self.gated_unit(team, &mut own, layer, &self.widths[index - self.layers.start])?;
         }
         team.share(1, 1, |_| {
             // SAFETY: one thread takes the only item; nobody else uses the result.
@@ -134,35 +153,53 @@ impl Call<'_> {
             }
             own.inputs.set(token, &given);
         }
-        self.project(team, mix, None, &own.inputs, self.buffers.added);
+        self.project(team, mix, None, &own.inputs, self.buffers.added, 0);
         team.wait()?;
-        self.add(own, None);
+        self.add(own, None, &self.everyone);
         // The next layer may write `added` only when all have read it: its own barriers see to it.
         Ok(())
     }
 
-    fn gated_unit(&self, team: &Team<'_>, own: &mut Own, layer: &Layer) -> Step {
-        self.pack(own, layer.norms.before_mlp.as_ref(), layer.float());
+    /// Each token on as many channels as it keeps: tokens that keep equally many go together, in
+    /// places next to each other.
+    fn gated_unit(&self, team: &Team<'_>, own: &mut Own, layer: &Layer, widths: &Widths) -> Step {
         let inner = layer.gate.matrix.rows();
-        let Own { inputs, product: scratch, .. } = own;
-        team.share(inner, GRAIN, |rows| self.gates(layer, rows, inputs, scratch));
+        for group in widths.groups() {
+            let tokens = &widths.order()[group.places.clone()];
+            self.pack_some(own, tokens, layer.norms.before_mlp.as_ref(), layer.float());
+            let Own { inputs, product: scratch, .. } = &mut *own;
+            let first = group.places.start;
+            team.share(group.channels, GRAIN, |rows| {
+                self.gates(layer, rows, first, inputs, scratch);
+            });
+        }
         team.wait()?;
-        own.inputs.reset(self.count, inner, layer.float());
         // SAFETY: everybody has passed the barrier behind the gates.
         let gated = unsafe { self.buffers.inner.read() };
-        for token in 0..self.count {
-            own.inputs.set(token, &gated[token * inner..][..inner]);
+        for group in widths.groups() {
+            own.inputs.reset(group.places.len(), group.channels, layer.float());
+            for (token, place) in group.places.clone().enumerate() {
+                own.inputs.set(token, &gated[place * inner..][..group.channels]);
+            }
+            let (down, first) = (&layer.down, group.places.start);
+            let added = self.buffers.added;
+            self.project(team, &down.matrix, down.bias.as_deref(), &own.inputs, added, first);
         }
-        self.linear(team, &layer.down, &own.inputs, self.buffers.added);
         team.wait()?;
-        self.add(own, layer.norms.after_mlp.as_ref());
+        self.add(own, layer.norms.after_mlp.as_ref(), widths.order());
         Ok(())
     }
 
     /// Norms the states and makes them inputs of products.
     pub(super) fn pack(&self, own: &mut Own, norm: Option<&Norm>, float: Float) {
-        own.inputs.reset(self.count, self.width, float);
-        for (token, state) in own.states.chunks_exact(self.width).enumerate() {
+        self.pack_some(own, &self.everyone, norm, float);
+    }
+
+    /// The same for some tokens, in their order.
+    fn pack_some(&self, own: &mut Own, tokens: &[usize], norm: Option<&Norm>, float: Float) {
+        own.inputs.reset(tokens.len(), self.width, float);
+        for (token, &from) in tokens.iter().enumerate() {
+            let state = &own.states[from * self.width..][..self.width];
             own.normed.copy_from_slice(state);
             if let Some(norm) = norm {
                 norm.apply(&mut own.normed);
@@ -171,12 +208,13 @@ impl Call<'_> {
         }
     }
 
-    /// Adds what was computed to the states, through a norm where there is one.
-    pub(super) fn add(&self, own: &mut Own, norm: Option<&Norm>) {
+    /// Adds what was computed to the states, through a norm where there is one; `order` names the
+    /// token of each place.
+    pub(super) fn add(&self, own: &mut Own, norm: Option<&Norm>, order: &[usize]) {
         // SAFETY: everybody has passed the barrier behind the products that made it.
         let added = unsafe { self.buffers.added.read() };
-        let states = own.states.chunks_exact_mut(self.width);
-        for (state, added) in states.zip(added.chunks_exact(self.width)) {
+        for (&token, added) in order.iter().zip(added.chunks_exact(self.width)) {
+            let state = &mut own.states[token * self.width..][..self.width];
             own.normed.copy_from_slice(added);
             if let Some(norm) = norm {
                 norm.apply(&mut own.normed);
@@ -188,10 +226,10 @@ impl Call<'_> {
     }
 
     pub(super) fn linear(&self, team: &Team<'_>, linear: &Linear, inputs: &Inputs, to: Shared<'_>) {
-        self.project(team, &linear.matrix, linear.bias.as_deref(), inputs, to);
+        self.project(team, &linear.matrix, linear.bias.as_deref(), inputs, to, 0);
     }
 
-    /// Shares out a product into `to`, `[tokens, rows]`.
+    /// Shares out a product into `to`, `[tokens, rows]`, from token `first` on.
     fn project(
         &self,
         team: &Team<'_>,
@@ -199,14 +237,15 @@ impl Call<'_> {
         bias: Option<&[f32]>,
         inputs: &Inputs,
         to: Shared<'_>,
+        first: usize,
     ) {
         let stride = matrix.rows();
         team.share(stride, GRAIN, |rows| {
-            let out = Output { to, stride, offset: 0 };
+            let out = Output { to, stride, offset: first * stride };
             // SAFETY: each thread has rows of its own, which nobody reads before the barrier.
             unsafe { product(self.kernel(), matrix, rows.clone(), inputs, out) };
             let Some(bias) = bias else { return };
-            for token in 0..self.count {
+            for token in first..first + inputs.tokens() {
                 // SAFETY: as above.
                 let part = unsafe { to.part(token * stride + rows.start, rows.len()) };
                 for (value, bias) in part.iter_mut().zip(&bias[rows.clone()]) {
@@ -216,12 +255,19 @@ impl Call<'_> {
         });
     }
 
-    /// Some rows of gate and up, and the one gated by the other.
-    fn gates(&self, layer: &Layer, rows: Range<usize>, inputs: &Inputs, scratch: &mut Vec<f32>) {
-        let (each, inner) = (rows.len(), layer.gate.matrix.rows());
+    /// Some rows of gate and up, and the one gated by the other, from place `first` on.
+    fn gates(
+        &self,
+        layer: &Layer,
+        rows: Range<usize>,
+        first: usize,
+        inputs: &Inputs,
+        scratch: &mut Vec<f32>,
+    ) {
+        let (each, inner, count) = (rows.len(), layer.gate.matrix.rows(), inputs.tokens());
         scratch.clear();
-        scratch.resize(2 * self.count * each, 0.0);
-        let (gates, ups) = scratch.split_at_mut(self.count * each);
+        scratch.resize(2 * count * each, 0.0);
+        let (gates, ups) = scratch.split_at_mut(count * each);
         for (linear, to) in [(&layer.gate, &mut *gates), (&layer.up, &mut *ups)] {
             let offset = 0_usize.wrapping_sub(rows.start);
             let out = Output { to: Shared::new(to), stride: each, offset };
@@ -237,8 +283,9 @@ impl Call<'_> {
         }
         layer.activation.gate(self.kernel(), gates, ups);
         for (token, gated) in gates.chunks_exact(each).enumerate() {
+            let place = (first + token) * inner + rows.start;
             // SAFETY: each thread has rows of its own, which nobody reads before the barrier.
-            let part = unsafe { self.buffers.inner.part(token * inner + rows.start, each) };
+            let part = unsafe { self.buffers.inner.part(place, each) };
             part.copy_from_slice(gated);
         }
     }

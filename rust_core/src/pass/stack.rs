@@ -29,6 +29,9 @@ pub struct Tokens<'a> {
     pub at: &'a Placement,
     /// One for each kind of rotation.
     pub rotations: &'a [Rotation<'a>],
+    /// How many channels of its gated unit each token runs, the first ones, `[layers of the call,
+    /// tokens]`; all of them where it is missing.
+    pub kept: Option<&'a [usize]>,
 }
 
 impl Stack {
@@ -165,6 +168,16 @@ impl Stack {
         self.check_trees(at)?;
         if let Some(feedback) = tokens.feedback {
             check_length("feedback", feedback.len(), tokens.states.len(), "that of the states")?;
+        }
+        if let Some(kept) = tokens.kept {
+            check_length("kept", kept.len(), layers.len() * count, "layers times tokens")?;
+            for (layer, kept) in self.layers[layers.clone()].iter().zip(kept.chunks(count.max(1))) {
+                let inner = layer.gate.matrix.rows();
+                if let Some(&wrong) = kept.iter().find(|&&kept| kept == 0 || kept > inner) {
+                    let requirement = "from 1 to the channels of the layer";
+                    return Err(CoreError::value("kept", requirement, wrong as f64));
+                }
+            }
         }
         for layer in &self.layers[layers.clone()] {
             let Some(wanted) = layer.rotation else { continue };

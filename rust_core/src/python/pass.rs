@@ -130,6 +130,14 @@ fn counts(array: &PyReadonlyArray1<'_, i64>, name: &'static str) -> Result<Vec<u
     slice(array, name)?.iter().map(negative).collect()
 }
 
+/// How many channels tokens keep, layer after layer.
+fn channels(array: &PyReadonlyArray2<'_, i64>) -> Result<Vec<usize>> {
+    let negative = |&value: &i64| {
+        usize::try_from(value).map_err(|_| CoreError::value("kept", "at least 1", value as f64))
+    };
+    array.as_array().iter().map(negative).collect()
+}
+
 /// K and V of some rows in the layers of a stack.
 #[pyclass(module = "sedac_hf._core")]
 pub(super) struct KvCache(RowCache);
@@ -248,7 +256,7 @@ impl LayerStack {
     /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` they
     /// are run just as far as K and V of the last layer; `states` are left as they are. With
     /// `rows` the tokens are those of some rows of the cache, in ascending order.
-    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, rows = None))]
+    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, rows=None, kept=None))]
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -264,6 +272,7 @@ impl LayerStack {
         stop: Option<usize>,
         threads: usize,
         rows: Option<PyReadonlyArray1<'_, i64>>,
+        kept: Option<PyReadonlyArray2<'_, i64>>,
     ) -> PyResult<()> {
         let _spent = Spent::begin();
         let tree = tree.as_array();
@@ -289,9 +298,11 @@ impl LayerStack {
             let (cos, sin) = (cos.map_err(|_| gaps("cos"))?, sin.map_err(|_| gaps("sin"))?);
             turned.push(Rotation { cos, sin, width });
         }
+        let kept = kept.map(|kept| channels(&kept)).transpose()?;
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;
-        let tokens = Tokens { states, feedback, at: &at, rotations: &turned };
+        let kept = kept.as_deref();
+        let tokens = Tokens { states, feedback, at: &at, rotations: &turned, kept };
         let rows = rows.map(|rows| counts(&rows, "rows")).transpose()?;
         let run = |cache: &mut RowCache| match stop {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),

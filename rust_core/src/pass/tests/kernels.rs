@@ -9,11 +9,12 @@ use super::super::shared::Shared;
 use super::super::softmax::softmax;
 use super::{FLOATS, Weights, values};
 
-/// All tokens through all rows.
+/// All tokens through all rows, with as many columns as the tokens have.
 fn multiply(kernel: Kernel, weights: &Weights, tokens: &[Vec<f32>]) -> Vec<Vec<f32>> {
     let matrix = weights.matrix();
     let mut inputs = Inputs::new(kernel);
-    inputs.reset(tokens.len(), matrix.columns(), matrix.float());
+    let columns = tokens.first().map_or(matrix.columns(), Vec::len);
+    inputs.reset(tokens.len(), columns, matrix.float());
     for (token, values) in tokens.iter().enumerate() {
         inputs.set(token, values);
     }
@@ -26,6 +27,25 @@ fn multiply(kernel: Kernel, weights: &Weights, tokens: &[Vec<f32>]) -> Vec<Vec<f
 
 fn token(columns: usize, seed: u64) -> Vec<f32> {
     values(columns, seed)
+}
+
+#[test]
+fn tokens_of_fewer_columns_have_the_bits_of_a_matrix_without_the_others() {
+    for &kernel in Kernel::available() {
+        for float in FLOATS {
+            for (rows, columns, kept) in [(7, 64, 33), (13, 200, 96), (26, 40, 32), (5, 96, 1)] {
+                let numbers = values(rows * columns, 7);
+                let cut: Vec<f32> =
+                    numbers.chunks(columns).flat_map(|row| &row[..kept]).copied().collect();
+                let (whole, cut) =
+                    (Weights::new(&numbers, rows, float), Weights::new(&cut, rows, float));
+                for count in [1, 2, 3, 4, 5, 9] {
+                    let tokens: Vec<_> = (0..count).map(|t| token(kept, 100 + t)).collect();
+                    assert_eq!(multiply(kernel, &whole, &tokens), multiply(kernel, &cut, &tokens));
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -88,7 +88,8 @@ impl Model {
         let angles = positions.iter().flat_map(|&p| (0..4).map(move |i| p as f32 * 0.3 + i as f32));
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
         let rotations = [Rotation { cos: &cos, sin: &sin, width: 4 }];
-        work(cache, Tokens { states: &mut states, feedback: None, at, rotations: &rotations });
+        let (feedback, kept) = (None, None);
+        work(cache, Tokens { states: &mut states, feedback, at, rotations: &rotations, kept });
         states.chunks_exact(WIDTH).map(<[f32]>::to_vec).collect()
     }
 }
@@ -263,6 +264,38 @@ fn filling_writes_the_kv_that_running_writes() {
     }
 }
 
+/// Runs nodes on as many channels as `kept` says, `[2 layers, tokens]`.
+fn narrow(model: &Model, rows: usize, tokens: &[u64], kept: &[usize]) -> Vec<Vec<u32>> {
+    let at = Placement {
+        first: vec![0; rows],
+        length: vec![0; rows],
+        nodes: 1,
+        open: 1,
+        seen: vec![vec![0]; rows],
+    };
+    let mut cache = model.stack.cache(rows);
+    let found = model.call(&mut cache, &at, tokens, &vec![0; rows], |cache, call| {
+        model.stack.run(cache, Tokens { kept: Some(kept), ..call }, 0..2, 2).unwrap();
+    });
+    bits(&found)
+}
+
+#[test]
+fn rows_on_channels_of_their_own_number_have_the_bits_they_have_alone() {
+    for model in models(None) {
+        let tokens = [3, 4, 5, 6, 7, 8];
+        let kept = [40, 5, 40, 17, 5, 35, 13, 40, 40, 40, 1, 13];
+        let together = narrow(&model, 6, &tokens, &kept);
+        for (row, &token) in tokens.iter().enumerate() {
+            let alone = narrow(&model, 1, &[token], &[kept[row], kept[6 + row]]);
+            assert_eq!(together[row], alone[0], "{:?} row {row}", model.stack.kernel());
+        }
+        let whole = bits(&model.run(&mut model.stack.cache(1), &chain(0, 0, 1), &[3], &[0], 1));
+        assert_eq!(narrow(&model, 1, &[3], &[40, 40]), whole);
+        assert_ne!(narrow(&model, 1, &[3], &[40, 39]), whole);
+    }
+}
+
 #[test]
 fn arguments_that_do_not_fit_are_refused() {
     let model = Model::new(Kernel::Scalar, Float::F32, None);
@@ -271,9 +304,21 @@ fn arguments_that_do_not_fit_are_refused() {
         let mut states = vec![0.0; len];
         let (cos, sin) = (vec![0.0; 4 * at.nodes], vec![0.0; 4 * at.nodes]);
         let rotations = [Rotation { cos: &cos, sin: &sin, width: 4 }];
-        let call = Tokens { states: &mut states, feedback: None, at, rotations: &rotations };
+        let (feedback, kept) = (None, None);
+        let call = Tokens { states: &mut states, feedback, at, rotations: &rotations, kept };
         model.stack.run(&mut cache, call, 0..2, 1).map_err(|error| error.to_string())
     };
+    let cut = |kept: &[usize]| {
+        let mut states = vec![0.0; WIDTH];
+        let rotations = [Rotation { cos: &[0.0; 4], sin: &[0.0; 4], width: 4 }];
+        let (feedback, kept, at) = (None, Some(kept), &chain(0, 0, 1));
+        let call = Tokens { states: &mut states, feedback, at, rotations: &rotations, kept };
+        let run = model.stack.run(&mut model.stack.cache(1), call, 0..2, 1);
+        run.map_err(|error| error.to_string()).unwrap_err()
+    };
+    assert!(cut(&[40]).contains("kept"));
+    assert!(cut(&[40, 41]).contains("kept"));
+    assert!(cut(&[0, 40]).contains("kept"));
     assert!(run(&chain(0, 0, 1), WIDTH - 1).unwrap_err().contains("states"));
     assert!(run(&chain(3, 2, 1), WIDTH).unwrap_err().contains("first[0]"));
     let blind = Placement { seen: vec![vec![]], ..chain(0, 0, 1) };

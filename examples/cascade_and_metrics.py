@@ -22,7 +22,8 @@ A collector is told of each decision, from this loop or by a model that it is at
 >>> collector = SEDACMetricsCollector([7, 14, 21])
 >>> report(controller, collector, [0.4, 0.8, 0.05])
 >>> for layer, found in collector.get_layer_analysis().items():
-...     print(layer, found["decisions"], found["exits"], round(found["mean_soft_exit_ratio"] or 0, 3))
+...     ratio = round(found["mean_soft_exit_ratio"] or 0, 3)
+...     print(layer, found["decisions"], found["exits"], ratio)
 7 3 2 0.86
 14 1 0 0
 21 1 0 0

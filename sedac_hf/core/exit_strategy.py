@@ -38,7 +38,7 @@ DEFAULT_STEEPNESS: Final = 10.0
 
 FloatArray = npt.NDArray[np.float64]
 Eighths = npt.NDArray[np.uint8]
-Ratio = TypeVar("Ratio", float, npt.NDArray[np.floating[npt.NBitBase]], Tensor)
+Ratio = TypeVar("Ratio", float, FloatArray, Tensor)
 
 
 def strategy_name(name: object) -> str:

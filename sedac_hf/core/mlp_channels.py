@@ -79,7 +79,8 @@ class MlpChannels:
         Returns:
             `[channels]`, float32.
         """
-        return magnitude.float() * self.down[0].float().norm(dim=0).to(magnitude.device)
+        norms = self.down[0].float().square().sum(dim=0).sqrt()
+        return magnitude.float() * norms.to(magnitude.device)
 
     def ordered(self, order: Tensor) -> MlpChannels:
         """A copy whose channels stand in another order.

@@ -57,7 +57,8 @@ class KeptChannels:
             tokens: Which tokens, in their shape.
             confidence: Confidences there, same shape.
         """
-        found = strategy.kept(confidence[tokens], layer_idx, len(self.eighths))
+        sure = confidence[tokens].astype(np.float64)
+        found = strategy.kept(sure, layer_idx, len(self.eighths))
         self.eighths[layer_idx + 1 :, tokens] = found
 
     @property

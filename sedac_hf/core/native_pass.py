@@ -52,8 +52,7 @@ class NativePass:
             NotNativeError: If the base cannot run natively; the message says why.
         """
         output = None if draft is None else (draft, model.output(draft))
-        self._set_up(model, model.parts(thorough=True), True, output)
-        self._narrow = narrow
+        self._set_up(model, model.parts(thorough=True), True, output, narrow)
 
     @property
     def holds_trees(self) -> bool:
@@ -69,7 +68,7 @@ class NativePass:
             parts: What the Rust core was told of them.
         """
         made = cls.__new__(cls)
-        made._set_up(model, parts, False, None)
+        made._set_up(model, parts, False, None, None)
         return made
 
     def _set_up(
@@ -78,6 +77,7 @@ class NativePass:
         parts: NativeParts,
         watching: bool,
         draft: tuple[nn.Linear, _core.OutputHead] | None,
+        narrow: NarrowTail | None,
     ) -> None:
         self._model = model
         self._watching = watching
@@ -88,7 +88,7 @@ class NativePass:
         self._caches: list[_core.KvCache | None] = []
         self._loaded = np.zeros(0, np.int64)
         self._going: IntArray | None = None  # rows that are still run; None for all
-        self._narrow: NarrowTail | None = None
+        self._narrow = narrow
 
     @property
     def num_layers(self) -> int:

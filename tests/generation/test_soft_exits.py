@@ -103,7 +103,7 @@ def test_the_micro_model_writes_what_it_is_scored_on(
     )  # fmt: skip
     found = assert_simulated(micro_soft, output, 10)
     assert float((found.soft_exits[:, 10:] >= 0).float().mean()) > 0.1
-    assert len(found.kept_shares.unique()) > 2
+    assert float(found.kept_shares.min()) < 0.8
     assert micro_soft.exit_stats.runs_on == runs_on
 
 

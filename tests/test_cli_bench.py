@@ -131,7 +131,8 @@ def test_tables_show_gains_apart_and_what_was_left_out(
 ) -> None:
     result = sedac("bench", artefact, *SMALL, "--modes", "plain,certified", "-o", tmp_path)
     assert result.exit_code == 0
-    for words in ("loop", "exit", "vs base's", "plain (modules)", "gain", "certified", "Conditions: micro-sedac in ",
+    for words in ("loop", "exit", "vs base's", "plain (modules)", "gain", "certified",
+                  "Conditions: micro-sedac in ",
                   "batch 1 only", "left out: llama.cpp", "exits are off", "drafts"):  # fmt: skip
         assert words in result.stdout
     assert "vs early" not in result.stdout  # a rival that was never timed has no column

@@ -1,7 +1,7 @@
 """Weights in huge pages: a pass reads all of them for every token, and looks up each page.
 
-With pages of 4 KiB a processor core looks up 65,000 pages for 269 MB; in a virtual machine that took
-a quarter of a pass. Pages are joined where they lie: addresses and contents stay as they are.
+With pages of 4 KiB a processor core looks up 65,000 pages for 269 MB; in a virtual machine that
+took a quarter of a pass. Pages are joined where they lie: addresses and contents stay as they are.
 
 Few kernels join pages of files, and weights are often a file that is mapped into memory. Those are
 moved out of the file's cache into memory of the process's own and put in the same place. The cache

@@ -15,6 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
+from transformers.generation.logits_process import (
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+)
 
 from sedac_hf.generation.draft_tree import NAMES, ROOT
 
@@ -34,6 +38,17 @@ IntArray = npt.NDArray[np.int64]
 _STATEFUL = frozenset(
     {"UnbatchedClassifierFreeGuidanceLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor"}
 )
+
+
+# Those that touch nothing but the logits of end tokens, until a text is long enough.
+_ONLY_ENDS = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+
+
+def _least_length(processor: Any) -> int:
+    """Tokens of a text, prompt included, from which on it may end."""
+    if isinstance(processor, MinLengthLogitsProcessor):
+        return int(processor.min_length)
+    return int(processor.prompt_length_to_skip + processor.min_new_tokens)
 
 
 def processors_by_row(processors: LogitsProcessorList) -> bool:
@@ -69,16 +84,32 @@ class TokenChooser:
         self._processors = processors
         self._sample = sample
         self._rows = rows
+        only_ends = all(type(each) in _ONLY_ENDS for each in processors)
+        self._is_greedy = only_ends and not sample
+        ends = list(processors) if self._is_greedy else []
+        self._ends = {end for each in ends for end in each.eos_token_id.reshape(-1).tolist()}
         self._noise: dict[int, Tensor] = {}
         self._drawn = 0
 
     def takes_best(self, texts: RowTexts) -> bool:
-        """Whether a token is simply the one with the largest logit, and logits are not kept.
+        """Whether a token is the one with the largest logit where it `allows` it.
 
         Args:
             texts: The texts.
         """
-        return not self._sample and not len(self._processors) and not texts.wants_logits
+        return self._is_greedy and not texts.wants_logits
+
+    def allows(self, texts: RowTexts, row: int, token: int) -> bool:
+        """Whether the processors leave a token's logit alone, where a chooser `takes_best`.
+
+        Args:
+            texts: The texts.
+            row: The row.
+            token: The token.
+        """
+        if token not in self._ends:
+            return True
+        return all(texts.length(row) >= _least_length(each) for each in self._processors)
 
     def choose(
         self, texts: RowTexts, rows: Sequence[int], logits: Tensor, named: NameDraft | None = None
@@ -194,8 +225,12 @@ def walk(
     while going:
         if best is not None:
             tokens, finite = (each[going, node[going]].tolist() for each in best)
-            for row, token in zip(going, tokens, strict=True):
-                texts.append(row, token, origin=named(row, token))
+            for place, row in enumerate(going):
+                if chooser.allows(texts, row, tokens[place]):
+                    texts.append(row, tokens[place], origin=named(row, tokens[place]))
+                else:
+                    at = run.logits(final[row : row + 1, int(node[row]) : int(node[row]) + 1])[:, 0]
+                    [tokens[place]] = chooser.choose(texts, [row], at, named)
         else:
             at = logits[going, node[going].tolist()]
             finite = torch.isfinite(at.amax(-1)).tolist()

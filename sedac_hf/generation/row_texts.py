@@ -112,6 +112,10 @@ class RowTexts:
         """A row's tokens without padding, `[length]`."""
         return self._tokens[row, self._first[row] : self._length + self.new[row]]
 
+    def length(self, row: int) -> int:
+        """Tokens of a row as logits processors count them, padding included."""
+        return self._length + int(self.new[row])
+
     def prefix(self, row: int) -> Tensor:
         """A row's tokens as logits processors see them, `[prompt + new]`."""
         return torch.from_numpy(self._tokens[row, : self._length + self.new[row]].copy())

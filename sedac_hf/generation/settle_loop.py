@@ -133,7 +133,7 @@ class SettleLoop:
             self._run.rest(self._texts.done)
         output, record = self._step(acts)
         if self._chooser.takes_best(self._texts):
-            self._say(self._run.best(output)[0][:, 0], record)
+            self._say(self._run.best(output)[0][:, 0], output, record)
         else:
             self._choose(self._run.logits(output)[:, 0], record)
 
@@ -221,12 +221,17 @@ class SettleLoop:
         self._tokens[rows] = self._chooser.choose(self._texts, rows, scores[rows])
         self._tell(record, going)
 
-    def _say(self, words: IntArray, record: StepRecord) -> None:
-        """Give every row that goes on its word `[rows]`, and commit the step."""
-        going = self._commit(record)
-        self._tokens[going] = words[going]
+    def _say(self, words: IntArray, output: Tensor, record: StepRecord) -> None:
+        """Give every row that goes on its best word `[rows]`, and commit the step."""
+        going, texts = self._commit(record), self._texts
         for row in np.flatnonzero(going).tolist():
-            self._texts.append(row, int(words[row]))
+            word = int(words[row])
+            if self._chooser.allows(texts, row, word):
+                texts.append(row, word)
+            else:
+                logits = self._run.logits(output[row : row + 1])[:, 0]
+                [word] = self._chooser.choose(texts, [row], logits)
+            self._tokens[row] = word
         self._tell(record, going)
 
     def _commit(self, record: StepRecord) -> Mask:

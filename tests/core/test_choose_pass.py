@@ -87,7 +87,7 @@ def test_a_base_that_can_hold_nothing_runs_without_drafts(
     assert choice.reason.endswith("It runs without drafts.")
 
 
-# ---------------------------------------------------------------------- where the native one refuses
+# --------------------------------------------------------------------- where the native one refuses
 
 
 def refuse(run: RowPass) -> str:

@@ -45,7 +45,7 @@ def test_a_private_mapping_becomes_memory_of_our_own_in_the_same_place(file: Pat
     assert torch.equal(tensor, torch.arange(COUNT, dtype=torch.int32))
     view.zero_()
     assert int(tensor[5:].sum()) == 0
-    assert torch.equal(mapped(file), torch.arange(COUNT, dtype=torch.int32)), "the file is as it was"
+    assert torch.equal(mapped(file), torch.arange(COUNT, dtype=torch.int32)), "not written to"
     del tensor, view
     assert of_file(file) == 0
 

@@ -172,3 +172,31 @@ def test_a_call_that_no_pass_serves_says_why() -> None:
     )  # fmt: skip
     assert model.exit_stats.runs_on == "modules"
     assert "hidden states" in model.exit_stats.runs_on_reason
+
+
+@pytest.mark.parametrize("mode", ["exact", "plain"])
+@pytest.mark.parametrize("least", ["min_new_tokens", "min_length"])
+def test_a_least_length_holds_without_looking_at_all_logits(
+    mode: str, least: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = build_tiny("llama")
+    model, given = wrap(base, {-1: "feedback"}), padded()
+    free = base.generate(**given, **GIVEN)[:, 6:]
+    # Words that rows would say early on end the text, once it may end.
+    length = 9 + (6 if least == "min_length" else 0)
+    values = {**GIVEN, "eos_token_id": free[:, 2].tolist(), least: length}
+    expected = base.generate(**given, **values)
+    looks: list[int] = []
+    logits = NativePass.logits
+
+    def counted(self: NativePass, hidden: torch.Tensor) -> torch.Tensor:
+        looks.append(int(hidden.shape[1]))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(NativePass, "logits", counted)
+    assert torch.equal(model.generate(**given, **values, sedac_mode=mode), expected)
+    assert not torch.equal(expected[:, 6:20], free), "the least length has changed the text"
+    assert 1 < len(looks) < 1 + 9 * 3
+    looks.clear()
+    model.generate(**given, **GIVEN, sedac_mode=mode)
+    assert len(looks) == 1, "the prompt's alone"

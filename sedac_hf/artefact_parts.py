@@ -17,6 +17,7 @@ from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import build_heads
+from sedac_hf.core.gate_parts import CLASSES_KEY, FUSION_PREFIX, GateParts
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.errors import ArtefactError, ConfigError, UnsupportedModelError
 
@@ -39,6 +40,7 @@ class ArtefactParts:
         draft_vocabulary: Token ids, int64, or None for the whole vocabulary.
         cascade: The rules by which tokens leave, or None.
         risk_histograms: Risks of calibration, or None; artefacts of earlier versions have none.
+        gates: Fusion weights and classes of tokens; empty in artefacts without them.
     """
 
     heads: list[ExitHead]
@@ -46,6 +48,7 @@ class ArtefactParts:
     draft_vocabulary: Tensor | None
     cascade: CascadeConfig | None
     risk_histograms: RiskHistograms | None
+    gates: GateParts
 
 
 def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
@@ -67,6 +70,7 @@ def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
         tensors[key] = value.detach().cpu()
     if model.draft_vocabulary is not None:
         tensors["draft_vocabulary"] = model.draft_vocabulary.detach().cpu()
+    tensors |= model.gates.to_tensors()
     if model.cascade is not None:
         tensors |= model.cascade.to_tensors()
     if model.risk_histograms is not None:
@@ -112,9 +116,14 @@ def build_parts(
             rules = {name: v for name, v in rules.items() if name not in cascade.to_tensors()}
         risks = _take(left, RISKS_PREFIX, keep_prefix=True)
         histograms = RiskHistograms.from_tensors(risks, len(specs)) if risks else None
+        fused = _take(left, FUSION_PREFIX, keep_prefix=True)
+        fused |= _take(left, CLASSES_KEY, keep_prefix=True)
+        gates = GateParts.from_tensors(fused, len(specs))
+        if cascade is not None:
+            gates.check(cascade)
         if left or rules:
             raise ArtefactError(f"it holds tensors that have no place: {sorted({**left, **rules})}")
-    return ArtefactParts(heads, probes, draft, cascade, histograms)
+    return ArtefactParts(heads, probes, draft, cascade, histograms, gates)
 
 
 def _load_probes(probes: ProbeManager, tensors: dict[str, Tensor]) -> None:

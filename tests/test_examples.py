@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import importlib.util
 import json
@@ -128,3 +129,10 @@ def test_quickstart_answers_and_counts(tmp_path: Path, capsys: pytest.CaptureFix
     model.save_pretrained(artefact, tokenizer=make_tokenizer(chat=True), certificate=issue())
     script("quickstart").main("w7 w8", str(artefact))
     assert "left early" in capsys.readouterr().out
+
+
+def test_the_example_of_fused_confidence_says_what_it_does() -> None:
+    module = script("fused_confidence")
+    result = doctest.testmod(module)
+    assert result.attempted >= 10
+    assert result.failed == 0

@@ -23,7 +23,14 @@ from sedac_hf.cli_options import (
     TimedTokens,
     Uncertified,
 )
-from sedac_hf.cli_support import EXIT_FAILED, Screen, default_artefact, reported, write_json
+from sedac_hf.cli_support import (
+    EXIT_FAILED,
+    Screen,
+    UsageError,
+    default_artefact,
+    reported,
+    write_json,
+)
 
 __all__ = ["evaluate"]
 
@@ -44,6 +51,10 @@ def evaluate(
         float | None,
         typer.Option(help="Exit with code 1 if perplexity rises by more (0.01 = 1 %)."),
     ] = None,
+    ablation: Annotated[
+        bool,
+        typer.Option("--ablation", help="Measure each variant of the gates, in one table."),
+    ] = False,
     output: ReportFile = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -56,7 +67,31 @@ def evaluate(
     Perplexity is that of the model that generates: every token after a prompt follows the exit
     rule. Speed is that of real generate() calls at batch 1, against base.generate() and against our
     own loop without exits. Without MODEL it measures the artefact of the repository.
+
+    With --ablation each row is a variant of the gates (entropy alone, fused, gated; decay and
+    routing on and off) with the policy that fit found for it, all in one run.
     """
+    if ablation:
+        from sedac_hf.cli_ablation import run_ablation
+        from sedac_hf.cli_run import Timing
+
+        if mode not in (None, "certified") or uncertified or max_increase is not None:
+            raise UsageError("--ablation measures variants of certified exits, and no other mode.")
+        rows = run_ablation(
+            model or default_artefact(),
+            Timing(max_new_tokens, rounds, prompts) if speed else None,
+            base=base,
+            data=data,
+            documents=documents,
+            output=output,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            screen=Screen(quiet=quiet, as_json=as_json),
+        )
+        if as_json:
+            write_json(rows)
+        return
     from sedac_hf.cli_run import run_evaluation
 
     report = run_evaluation(

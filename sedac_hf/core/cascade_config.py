@@ -13,6 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cascade_options import (
+    AdaptiveDecay,
+    ClassRule,
+    option_tensors,
+    options_from,
+)
+from sedac_hf.core.fused_gates import FUSIONS
 from sedac_hf.errors import ConfigError
 
 __all__ = ["STRATEGIES", "CascadeConfig", "LayerConfig"]
@@ -106,11 +113,19 @@ class CascadeConfig:
         strategy: What an exit skips: "hard" skips every later layer.
         target_exit_rate: Share of tokens, in (0, 1), that `aim_thresholds` lets leave where there
             is no calibration; None if thresholds are final.
+        fusion: What risk and probability are: "none" for the probe's and the exit's own, "static"
+            or "gated" for those fused with other evidence.
+        adaptive_decay: How the decay follows a text; None keeps it as it is.
+        routes: How the rules differ by class of the token just read, one entry a class; none for
+            the same rules for all.
     """
 
     layers: Sequence[LayerConfig]
     strategy: str = "hard"
     target_exit_rate: float | None = None
+    fusion: str = "none"
+    adaptive_decay: AdaptiveDecay | None = None
+    routes: Sequence[ClassRule] = ()
 
     def __post_init__(self) -> None:
         """Refuse an empty or unordered cascade.
@@ -120,6 +135,7 @@ class CascadeConfig:
                 one of those known.
         """
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "routes", tuple(self.routes))
         if not self.layers:
             raise ConfigError("a cascade needs at least one checkpoint, found none.")
         indices = self.layer_indices
@@ -129,6 +145,8 @@ class CascadeConfig:
             )
         if self.strategy not in STRATEGIES:
             raise ConfigError(f"strategy must be one of {STRATEGIES}, found {self.strategy!r}.")
+        if self.fusion not in FUSIONS:
+            raise ConfigError(f"fusion must be one of {FUSIONS}, found {self.fusion!r}.")
         rate = self.target_exit_rate
         if rate is not None and not 0 < rate < 1:
             raise ConfigError(f"target_exit_rate must lie between 0 and 1, found {rate!r}.")
@@ -153,9 +171,10 @@ class CascadeConfig:
         """The rules as tensors ``cascade.<field>``, float32, ``[checkpoints]`` each.
 
         What `from_tensors` makes of them equals this configuration rounded to float32, which is
-        the precision that decisions are made in.
+        the precision that decisions are made in. Options that are not used add none.
         """
-        return {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
+        plain = {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
+        return plain | option_tensors(self)
 
     @classmethod
     def from_tensors(
@@ -197,4 +216,9 @@ class CascadeConfig:
             LayerConfig(layer_idx, **{name: values[name][k] for name in _TENSOR_FIELDS})
             for k, layer_idx in enumerate(layer_indices)
         )
-        return cls(layers, strategy=strategy, target_exit_rate=target_exit_rate)
+        return cls(
+            layers,
+            strategy=strategy,
+            target_exit_rate=target_exit_rate,
+            **options_from(tensors),
+        )

@@ -74,8 +74,15 @@ class LREProbe(nn.Module):
         Returns:
             Risks >= 0, ``[...]``, float32; lower is safer.
         """
-        score = self.out(self.norm(self.project(hidden.float()))).squeeze(-1)
-        return nn.functional.softplus(score)
+        return nn.functional.softplus(self.out(self.features(hidden)).squeeze(-1))
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the probe sees of each state, ``[..., rank]``.
+
+        Args:
+            hidden: States, ``[..., width]``, any floating dtype.
+        """
+        return cast(Tensor, self.norm(self.project(hidden.to(self.project.weight.dtype))))
 
     def packed(self) -> PackedProbe:
         """The weights as float32 arrays that share no memory with the probe."""

@@ -151,7 +151,7 @@ class SettleLoop:
         hold = None if rule is None or self._watch is None else hold_by(self._watch, None)
         step = ExitStep(
             self._parts, self._session, hidden, None, self._texts.done,
-            rule=rule, hold=hold, follows=self._watch is not None,
+            rule=rule, hold=hold, follows=self._watch is not None, tokens=self._tokens,
         )  # fmt: skip
         return step, rule is not None
 
@@ -170,6 +170,7 @@ class SettleLoop:
         depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
         going = ~texts.done
         session.commit(self._state.rows, depth, heads, going)
+        session.note(record, logits)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
         rows = np.flatnonzero(going).tolist()
         self._tokens[rows] = self._chooser.choose(texts, rows, scores[rows])

@@ -61,9 +61,7 @@ def artefact(base: Path) -> Path:
         policy = as_policy(cascade) if name != "gated" else None
         rows.append({"name": name, "judged_cost": 1.0, "chosen": False, "policy": policy})
     folder = base.parent / "artefact"
-    model.save_pretrained(
-        folder, tokenizer=make_tokenizer(), results={"fit": {"ablation": rows}}
-    )
+    model.save_pretrained(folder, tokenizer=make_tokenizer(), results={"fit": {"ablation": rows}})
     return folder
 
 

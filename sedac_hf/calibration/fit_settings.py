@@ -65,7 +65,7 @@ class FitReport:
         self_written: Whether the base wrote the texts that were chosen and tested on.
         heads: One report a head.
         gates: How well each gate works at each checkpoint, on documents it did not see.
-        modalities: What each kind of evidence adds to each gate, what it costs, and whether it pays.
+        modalities: What each kind of evidence adds to each gate and what it costs.
         ablation: Each variant of the gates: its cost within the budget on documents that it was not
             searched on, its policy at the target, and whether it was chosen.
         probe_target: Which target the kept probes have.

@@ -240,9 +240,7 @@ class FitRun:
         )  # fmt: skip
         self.report.gates = [*fitted.gates, *gates.fusion.gates]
         self.report.modalities = gates.fusion.modalities
-        self.report.ablation = gates.found.table(
-            self.policies, temperatures, self.settings.epsilon
-        )
+        self.report.ablation = gates.found.table(self.policies, temperatures, self.settings.epsilon)
         self._stage("search")
         return model
 

@@ -17,7 +17,14 @@ from sedac_hf.calibration.probe_training import auroc, share_at_budget
 from sedac_hf.core.confidence_fusion import GatedFusion
 from sedac_hf.core.fused_gates import MODALITIES, GateWeights
 
-__all__ = ["Evidence", "FittedGate", "ModalityReport", "fit_gate", "static_weights", "train_network"]
+__all__ = [
+    "Evidence",
+    "FittedGate",
+    "ModalityReport",
+    "fit_gate",
+    "static_weights",
+    "train_network",
+]
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from sedac_hf.calibration.gate_stage import (
     FittedFusion,
     TracedSplit,
+    entropy_price,
     fit_fusion,
     fused_traces,
 )
@@ -98,8 +99,13 @@ def choose_gates(
         prices[kind] = _dearer(costs, fusion.extra[kind])
     table = token_classes(tokenizer, shell.vocabulary_size)
     found = search_variants(
-        Material(traces, fresh.facts, prices, table), epsilon=epsilon, seed=seed
-    )
+        Material(
+            traces, fresh.facts, prices, table,
+            entropy_price(fitted.probes, shell.vocabulary_size, costs),
+        ),
+        epsilon=epsilon,
+        seed=seed,
+    )  # fmt: skip
     logger.info("tokens leave by: %s", found.chosen.name)
     parts = GateParts(fusion.fusion, table)
     return ChosenGates(parts, fusion, found, traces[found.chosen.fusion])

@@ -23,6 +23,7 @@ from sedac_hf.core.estimators import (
 )
 from sedac_hf.core.fused_gates import CheckpointFusion, FusedGates, Seen
 from sedac_hf.core.probe_inference import LREProbe
+from sedac_hf.core.row_history import entropy_of
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.costs import CostModel
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
     from sedac_hf.core.probe_inference import ProbeManager
 
-__all__ = ["FittedFusion", "TracedSplit", "fit_fusion", "fused_traces"]
+__all__ = ["FittedFusion", "TracedSplit", "entropy_price", "fit_fusion", "fused_traces"]
 
 FloatArray = npt.NDArray[np.float32]
 # Calls by which the time of a modality is taken.
@@ -107,36 +108,46 @@ def fit_fusion(
     for k, head in enumerate(heads):
         probe = LREProbe(*_sizes(probes, k))
         probe.load_state_dict({n: v.cpu() for n, v in probes.probes[k].state_dict().items()})
-        checkpoint = costs.checkpoints[k]
-        price = _prices(probe.requires_grad_(False), checkpoint.probe, costs.source)
-        evidence = {name: _evidence(k, head, probe, states, s) for name, s in
-                    (("seen", seen), ("fresh", fresh))}  # fmt: skip
-        fitted: dict[str, FittedGate] = {}
-        for gate, base, takes in (("risk", "entropy", False), ("sureness", "perplexity", True)):
-            some = {
-                name: e if takes else replace(
-                    e, risks={n: r for n, r in e.risks.items() if n != "perplexity"}
-                )
-                for name, e in evidence.items()
-            }
-            fitted[gate] = fit_gate(
-                head.layer_idx, gate, base, some["seen"], some["fresh"],
-                budget=budget, saved=max(checkpoint.saved - checkpoint.attempt, 0.0), costs=price.by_modality(),
-                seed=seed,
-            )  # fmt: skip
-            modalities += fitted[gate].reports
-            end = " risk" if gate == "risk" else ""
+        probe.requires_grad_(False)
+        price = _prices(probe, costs.checkpoints[k].probe, costs.source)
+        evidence = [_evidence(k, head, probe, states, split) for split in (seen, fresh)]
+        saved = max(costs.checkpoints[k].saved - costs.checkpoints[k].attempt, 0.0)
+        fitted = _fit_checkpoint(head.layer_idx, evidence, budget, saved, price, seed)
+        found.append(CheckpointFusion(fitted["risk"].weights, fitted["sureness"].weights))
+        for name, gate in fitted.items():
+            modalities += gate.reports
+            end = " risk" if name == "risk" else ""
             gates += [
-                GateReport(head.layer_idx, kind + end, fitted[gate].auroc[kind], share)
-                for kind, share in fitted[gate].share.items()
+                GateReport(head.layer_idx, kind + end, gate.auroc[kind], share)
+                for kind, share in gate.share.items()
                 if kind != "base"
             ]
-        found.append(CheckpointFusion(fitted["risk"].weights, fitted["sureness"].weights))
         for kind in extra:
             extra[kind].append(price.of(found[-1], kind))
-    fused = any(set(f.risk.kept) != {"entropy"} or set(f.sureness.kept) != {"perplexity"}
-                for f in found)  # fmt: skip
-    return FittedFusion(tuple(found) if fused else None, gates, modalities, extra)
+    plain = all(f.risk.kept == ("entropy",) and f.sureness.kept == ("perplexity",) for f in found)
+    return FittedFusion(None if plain else tuple(found), gates, modalities, extra)
+
+
+def _fit_checkpoint(
+    layer_idx: int,
+    evidence: Sequence[Evidence],
+    budget: float,
+    saved: float,
+    price: _Prices,
+    seed: int,
+) -> dict[str, FittedGate]:
+    """Both gates of one checkpoint, by name; the first does not know the exit's probability."""
+    before = [
+        replace(e, risks={n: risk for n, risk in e.risks.items() if n != "perplexity"})
+        for e in evidence
+    ]
+    settings = {"budget": budget, "saved": saved, "costs": price.by_modality(), "seed": seed}
+    return {
+        gate: fit_gate(layer_idx, gate, base, *given, **settings)  # type: ignore[arg-type]
+        for gate, base, given in (
+            ("risk", "entropy", before), ("sureness", "perplexity", evidence),
+        )
+    }  # fmt: skip
 
 
 def fused_traces(
@@ -164,9 +175,10 @@ def fused_traces(
     risk, sureness = (np.empty_like(split.traces.risk) for _ in range(2))
     for k, head in enumerate(heads):
         inputs, _ = probe_inputs(head, states, split.rows)
+        device = next(probes.probes[k].parameters()).device
         for start in range(0, len(inputs), _CHUNK):
             part = slice(start, start + _CHUNK)
-            shown = Seen(Observation(inputs[part].to(probes.probes[k].project.weight.device)))  # type: ignore[union-attr, arg-type]
+            shown = Seen(Observation(inputs[part].to(device)))
             shown.risks = {
                 "entropy": torch.from_numpy(split.traces.risk[part, k]),
                 "consistency": torch.from_numpy(split.facts.consistency[part, k]),
@@ -257,6 +269,26 @@ def _prices(probe: LREProbe, share: float, source: str) -> _Prices:
         )
     scale = share / max(own, 1e-9)
     return _Prices(turned * scale, fusing * scale, network * scale)
+
+
+def entropy_price(probes: ProbeManager, vocabulary: int, costs: CostModel) -> float:
+    """What the entropy of one token's full depth costs, as a fraction of a full pass.
+
+    Args:
+        probes: The probes, by whose own cost time is turned into a fraction.
+        vocabulary: Words of the base.
+        costs: What probes, tries and exits cost.
+    """
+    width, rank = _sizes(probes, 0)
+    if costs.source != "measured":
+        # Its logits are read twice, as float32; the head reads as many rows of weights.
+        return 4.0 * costs.head / width
+    states = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    probe = LREProbe(width, rank).requires_grad_(False)
+    plain = CascadeController(CascadeConfig([LayerConfig(0, 1.0)]), [probe.packed()])
+    logits = torch.randn(1, vocabulary, generator=torch.Generator().manual_seed(0))
+    own, spent = _seconds(lambda: plain.risks(0, states)), _seconds(lambda: entropy_of(logits))
+    return costs.checkpoints[0].probe * spent / max(own, 1e-9)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -98,9 +98,7 @@ def calibrate(
         )
     traces, facts = _traced(model, search, progress=progress)
     own = Variant("as fitted").of(model.cascade) if model.cascade else Variant("plain")
-    material = Material(
-        {own.fusion: traces}, facts, {own.fusion: costs}, model.gates.token_classes
-    )
+    material = Material({own.fusion: traces}, facts, {own.fusion: costs}, model.gates.token_classes)
     policies = choose_policies(
         model,
         traces,

@@ -142,9 +142,10 @@ def _of_class(
         vectors.min_probability,
     )  # fmt: skip
     harm = out["doc_delta"][:, usable_documents(traces)].mean(axis=1, dtype=np.float64)
-    cost = costs.expected(
-        out["exits"], out["tries"], vectors.min_probability > 0, int(use.sum())
-    ) - 1.0
+    cost = (
+        costs.expected(out["exits"], out["tries"], vectors.min_probability > 0, int(use.sum()))
+        - 1.0
+    )
     return harm, cost * float(use.sum())
 
 

@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_hf.calibration.candidates import PolicyVectors
-from sedac_hf.calibration.pareto import History, Policy, pareto_front, replayed, usable_documents
+from sedac_hf.calibration.pareto import (
+    History,
+    Policy,
+    pareto_front,
+    pareto_indices,
+    replayed,
+    usable_documents,
+)
 from sedac_hf.calibration.policy_search import MOST_COST, with_temperatures
 from sedac_hf.calibration.route_search import choose_routes, routed_traces
 from sedac_hf.core.cascade_options import AdaptiveDecay, ClassRule
@@ -85,12 +92,15 @@ class Material:
         facts: What else is known of the same tokens.
         costs: What probes, tries and exits cost, by kind of fusion.
         token_classes: Class of every token, or None.
+        entropy_price: What the entropy of a token of full depth costs, which an adaptive decay
+            follows, as a fraction of a full pass.
     """
 
     traces: Mapping[str, Traces]
     facts: TokenFacts
     costs: Mapping[str, CostModel]
     token_classes: npt.NDArray[np.uint8] | None
+    entropy_price: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -212,9 +222,7 @@ def _decay_for(facts: TokenFacts) -> AdaptiveDecay:
     )
 
 
-def _routes(
-    variant: Variant, material: Material, limit: float, seed: int
-) -> tuple[ClassRule, ...]:
+def _routes(variant: Variant, material: Material, limit: float, seed: int) -> tuple[ClassRule, ...]:
     """The best routes beside a variant's fusion."""
     assert material.token_classes is not None
     traces, costs = material.traces[variant.fusion], material.costs[variant.fusion]
@@ -237,7 +245,18 @@ def front_of(
     front = pareto_front(
         traces, costs, candidates=candidates, seed=seed, most_cost=MOST_COST, history=history
     )
-    return [replace(policy, cascade=variant.on(policy.cascade)) for policy in front]
+    price = 0.0 if variant.adaptive_decay is None else material.entropy_price
+    front = [
+        replace(
+            policy,
+            cascade=variant.on(policy.cascade),
+            cost=policy.cost + price * (1.0 - policy.exit_share),
+        )
+        for policy in front
+    ]
+    delta = np.array([policy.estimated_delta for policy in front])
+    best = pareto_indices(delta, np.array([policy.cost for policy in front]))
+    return [front[at] for at in best if front[at].cost < MOST_COST]
 
 
 def _setting(variant: Variant, material: Material) -> tuple[Traces, CostModel, History | None]:
@@ -263,21 +282,30 @@ def _judge(variant: Variant, material: Material, limit: float, seed: int) -> flo
             if variant.routes:
                 here = replace(variant, routes=_routes(variant, searched, limit, seed))
             front = front_of(here, searched, candidates=_FEW_CANDIDATES, seed=seed)
-            costs.append(_cost_within(front, *_setting(here, other), limit))
+            price = 0.0 if variant.adaptive_decay is None else material.entropy_price
+            costs.append(_cost_within(front, *_setting(here, other), limit, price))
         except CalibrationError:
             costs.append(1.0)
     return float(np.mean(costs))
 
 
 def _cost_within(
-    front: Sequence[Policy], traces: Traces, costs: CostModel, history: History | None, limit: float
+    front: Sequence[Policy],
+    traces: Traces,
+    costs: CostModel,
+    history: History | None,
+    limit: float,
+    price: float,
 ) -> float:
-    """Least cost among policies that keep within the budget; a plain step where none does."""
+    """Least cost among policies that keep within the budget; a plain step where none does.
+
+    `price` is paid for each token of full depth.
+    """
     if not front:
         return 1.0
     vectors = PolicyVectors.of([policy.cascade for policy in front])
-    delta, _, cost = replayed(vectors, traces, costs, usable_documents(traces), history)
-    within = cost[delta <= limit]
+    delta, share, cost = replayed(vectors, traces, costs, usable_documents(traces), history)
+    within = (cost + price * (1.0 - share))[delta <= limit]
     return float(min(within.min(initial=1.0), 1.0))
 
 

@@ -1,4 +1,4 @@
-"""What a cascade may do beside its plain rules: adapt its decay, and treat kinds of tokens apart."""
+"""What a cascade may do beside its plain rules: adapt its decay, tell kinds of tokens apart."""
 
 from __future__ import annotations
 
@@ -147,7 +147,5 @@ def option_values(cascade: CascadeConfig) -> dict[str, Any]:
 def _shaped(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     tensor = tensors[name]
     if tensor.shape != shape:
-        raise ConfigError(
-            f"tensor {name!r} must have shape {shape}, found {tuple(tensor.shape)}."
-        )
+        raise ConfigError(f"tensor {name!r} must have shape {shape}, found {tuple(tensor.shape)}.")
     return tensor.detach().cpu()

@@ -49,8 +49,8 @@ class Observation:
 
     @property
     def precision(self) -> torch.dtype:
-        """Type to compute in: on a CPU twice as exact as needed, so that a row's rounded result
-        does not depend on the rows beside it."""
+        """Type to compute in: float64 on a CPU, float32 elsewhere."""
+        # Twice as exact as needed, a row's rounded result does not depend on the rows beside it.
         return torch.float64 if self.states.device.type == "cpu" else torch.float32
 
 

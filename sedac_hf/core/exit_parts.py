@@ -11,8 +11,8 @@ from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
 from sedac_hf.core.decoder_loop import ExitParts, LayerPass
 from sedac_hf.core.draft_head import DraftHead
 from sedac_hf.core.exit_cache import ExitCache
-from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.exit_heads import ExitBlock, ExitHead, ExitLens, build_exit_head
+from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.kv_fill import KVFill
 from sedac_hf.core.support import module_device
 from sedac_hf.core.weights import WeightWatch

@@ -115,6 +115,7 @@ def settled_states(
     parts = recorded.put_into(parts)
     if goes_step_by_step(parts, cascade):
         return step_by_step(parts, cascade, arguments, eligible)
+    recorded.span = slice(None)  # another cascade may have gone step by step
     loop = SimulateLoop(parts, cascade, eligible, arguments.get("input_ids"))
     hidden, calls = parts.shell.prologue(**{**arguments, "use_cache": False})
     return loop.trace, loop(hidden, calls)

@@ -33,8 +33,9 @@ def evidence(weights, count=6000, noise=0.02, seed=0, gate=False):
 
 
 def only(weights, *names):
-    return {name: weight for name, weight in zip(MODALITIES, weights, strict=True) if weight > 0} \
-        .keys() == set(names)
+    return {
+        name: weight for name, weight in zip(MODALITIES, weights, strict=True) if weight > 0
+    }.keys() == set(names)
 
 
 def test_planted_weights_are_found_again():
@@ -65,9 +66,7 @@ def test_without_any_signal_the_base_has_it_all():
 
 def fitted(planted, costs=FREE, **values):
     seen, fresh = evidence(planted, seed=1, **values), evidence(planted, seed=2, **values)
-    return fit_gate(
-        4, "sureness", "perplexity", seen, fresh, budget=BUDGET, saved=0.5, costs=costs
-    )
+    return fit_gate(4, "sureness", "perplexity", seen, fresh, budget=BUDGET, saved=0.5, costs=costs)
 
 
 def test_a_modality_that_counts_is_kept_and_a_useless_one_is_dropped():

@@ -168,6 +168,19 @@ def test_a_front_of_a_variant_uses_its_parts():
     assert isinstance(policy.cascade, CascadeConfig)
 
 
+def test_what_entropies_cost_counts_against_the_decay():
+    judged = [
+        search_variants(
+            replace(material(), entropy_price=price), epsilon=0.01, candidates=60
+        ).judged
+        for price in (0.0, 0.05)
+    ]
+    free, dear = (each["entropy alone, decay on"] - each["entropy alone"] for each in judged)
+    # At a lone checkpoint the decay decides nothing, so its price is all there is.
+    assert free == pytest.approx(0.0, abs=1e-6)
+    assert 0.01 < dear < 0.05
+
+
 @pytest.mark.parametrize("kind", ["static", "gated"])
 def test_kinds_that_were_not_fitted_are_not_searched(kind):
     found = search_variants(material(60), epsilon=0.01, candidates=60)

@@ -1,4 +1,4 @@
-"""Wrapped models whose rules use fusion, routing and an adaptive decay, one at a time or together."""
+"""Wrapped models whose rules use fusion, routing and an adaptive decay, alone or together."""
 
 from __future__ import annotations
 

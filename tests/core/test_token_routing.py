@@ -14,7 +14,10 @@ from sedac_hf.core.token_routing import (
 )
 from sedac_hf.errors import ConfigError
 
-TEXTS = ["The café costs 123 euros, and the cafés 4567!\n\tNaïve unbelievable words", "été \u4f60\u597d"]
+TEXTS = [
+    "The café costs 123 euros, and the cafés 4567!\n\tNaïve unbelievable words",
+    "été \u4f60\u597d",
+]
 
 
 def fast(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:

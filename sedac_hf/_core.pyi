@@ -365,6 +365,8 @@ class Cascade:
         dtype: str,
         confidence: FloatArray,
         active: npt.NDArray[np.bool_] | None = None,
+        gamma: FloatArray | None = None,
+        most: FloatArray | None = None,
     ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], int]:
         """One checkpoint, fused: probe, accumulate, decide.
 
@@ -374,6 +376,9 @@ class Cascade:
             dtype: As for `Probe.risk`.
             confidence: Accumulated confidence, ``[rows]``, updated in place for active rows.
             active: Rows that have not left, ``[rows]``; all by default.
+            gamma: Decays of the rows, ``[rows]``, in place of the rule's; together with `most`.
+            most: Greatest confidence that each row could have had, ``[rows]``, updated in place for
+                active rows; zeros before the first checkpoint.
 
         Returns:
             Risk ``[rows]``, normalised confidence ``[rows]`` (both NaN for rows that are not
@@ -390,6 +395,8 @@ class Cascade:
         risk: FloatArray,
         confidence: FloatArray,
         active: npt.NDArray[np.bool_] | None = None,
+        gamma: FloatArray | None = None,
+        most: FloatArray | None = None,
     ) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_], int]:
         """The same from risks that are already known, ``[rows]``. Returns them unchanged."""
 
@@ -416,6 +423,7 @@ def replay(
     gamma: FloatArray,
     exit_confidence: FloatArray,
     min_probability: FloatArray,
+    history: tuple[FloatArray, float, float, float] | None = None,
 ) -> ReplayResult:
     """Replay many policies over recorded traces, in parallel.
 
@@ -435,6 +443,8 @@ def replay(
         gamma: At least 0.
         exit_confidence: At least 0; above 1 never exits.
         min_probability: At least 0; 0 asks for none.
+        history: With it decays follow each document, as `RowHistory` has them: entropy of the full
+            depth at each token ``[tokens]``, its scale, the bonus, and the momentum.
 
     Returns:
         The outcome of every policy.

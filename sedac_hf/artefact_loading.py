@@ -206,6 +206,7 @@ def _assemble(
             heads=parts.heads,
             probes=parts.probes,
             draft_vocabulary=parts.draft_vocabulary,
+            gates=parts.gates,
             **values,
         )
     model.certificate = certificate

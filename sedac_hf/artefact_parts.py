@@ -18,6 +18,7 @@ from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.channel_order import CHANNELS_PREFIX, ChannelOrder
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import build_heads
+from sedac_hf.core.gate_parts import CLASSES_KEY, FUSION_PREFIX, GateParts
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.errors import ArtefactError, ConfigError, UnsupportedModelError
 
@@ -41,6 +42,7 @@ class ArtefactParts:
         cascade: The rules by which tokens leave, or None.
         risk_histograms: Risks of calibration, or None; artefacts of earlier versions have none.
         channel_order: Order of the MLPs' channels, or None; likewise.
+        gates: Fusion weights and classes of tokens; empty in artefacts without them.
     """
 
     heads: list[ExitHead]
@@ -49,6 +51,7 @@ class ArtefactParts:
     cascade: CascadeConfig | None
     risk_histograms: RiskHistograms | None
     channel_order: ChannelOrder | None
+    gates: GateParts
 
 
 def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
@@ -70,6 +73,7 @@ def artefact_tensors(model: SedacForCausalLM) -> dict[str, Tensor]:
         tensors[key] = value.detach().cpu()
     if model.draft_vocabulary is not None:
         tensors["draft_vocabulary"] = model.draft_vocabulary.detach().cpu()
+    tensors |= model.gates.to_tensors()
     if model.cascade is not None:
         tensors |= model.cascade.to_tensors()
     if model.risk_histograms is not None:
@@ -120,9 +124,14 @@ def build_parts(
         histograms = RiskHistograms.from_tensors(risks, len(specs)) if risks else None
         channels = _take(left, CHANNELS_PREFIX, keep_prefix=True)
         order = ChannelOrder.from_tensors(channels, shell.num_layers) if channels else None
+        fused = _take(left, FUSION_PREFIX, keep_prefix=True)
+        fused |= _take(left, CLASSES_KEY, keep_prefix=True)
+        gates = GateParts.from_tensors(fused, len(specs))
+        if cascade is not None:
+            gates.check(cascade)
         if left or rules:
             raise ArtefactError(f"it holds tensors that have no place: {sorted({**left, **rules})}")
-    return ArtefactParts(heads, probes, draft, cascade, histograms, order)
+    return ArtefactParts(heads, probes, draft, cascade, histograms, order, gates)
 
 
 def _load_probes(probes: ProbeManager, tensors: dict[str, Tensor]) -> None:

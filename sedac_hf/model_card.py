@@ -287,11 +287,16 @@ def _tables(fit: Mapping[str, Any]) -> list[dict[str, Any]]:
     titles = {
         "heads": "Exit heads; agreement with the full model's first choice on held-out text",
         "gates": "Gates; AUROC of telling exits that disagree from those that agree",
+        "modalities": "Evidence for the gates: what it lets leave beside the rest, and its price",
+        "ablation": "Variants of the gates: cost of a step within the budget on other documents; "
+        "what does not pay is stored and off",
         "storage": "Storage of the heads",
     }
-    return [
-        {"title": title, **_table(fit[name])} for name, title in titles.items() if fit.get(name)
-    ]
+    rows = {name: fit[name] for name in titles if fit.get(name)}
+    if "ablation" in rows:
+        short = ("name", "judged_cost", "chosen")
+        rows["ablation"] = [{key: row.get(key) for key in short} for row in rows["ablation"]]
+    return [{"title": titles[name], **_table(rows[name])} for name in titles if name in rows]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -18,6 +18,7 @@ from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.decoder_loop import DecodeLoop
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, build_heads, check_modules
+from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.self_check import self_check as check_shell
 from sedac_hf.core.session import ExitSession, ExitStats, active_session, session_scope
@@ -57,6 +58,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         probes: One risk probe per checkpoint.
         draft_vocabulary: Token ids `[draft vocabulary]`, int64, or None for the whole vocabulary.
         cascade: The rules by which tokens leave, or None when none may.
+        gates: Fusion weights and classes of tokens, which rules may use.
         certificate: The certificate, or None without one.
         refused_modes: Modes that must not be used, with the reason.
         exits_off_reason: Why exits stay off in certified mode although there are rules, or None.
@@ -83,6 +85,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         heads: Sequence[ExitHead] | None = None,
         probes: ProbeManager | None = None,
         draft_vocabulary: Tensor | None = None,
+        gates: GateParts | None = None,
     ) -> None:
         """Put a model together; see `from_base` for the usual way.
 
@@ -92,6 +95,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             heads: One head per checkpoint; untrained ones when None.
             probes: One probe per checkpoint; untrained ones when None.
             draft_vocabulary: Token ids, or None for the whole vocabulary.
+            gates: Fusion weights and classes of tokens; none when None.
 
         Raises:
             ConfigError: If the parts do not fit each other.
@@ -116,6 +120,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         self.exit_heads = nn.ModuleList(given)
         self.probes = probes
         self.register_buffer("draft_vocabulary", draft_vocabulary, persistent=False)
+        self.gates = gates or GateParts()
         self.cascade: CascadeConfig | None = None
         self.calibration: OnlineCalibration | None = None
         self.risk_histograms: RiskHistograms | None = None
@@ -140,6 +145,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         heads: Sequence[ExitHead] | None = None,
         probes: ProbeManager | None = None,
         draft_vocabulary: Tensor | None = None,
+        gates: GateParts | None = None,
         self_check: bool = True,
         **config_values: Any,
     ) -> SedacForCausalLM:
@@ -152,6 +158,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             heads: Trained exit heads, one per checkpoint; untrained ones when None.
             probes: Trained probes, one per checkpoint; untrained ones when None.
             draft_vocabulary: Token ids of the draft vocabulary; None for the whole one.
+            gates: Fusion weights and classes of tokens that rules may use; none when None.
             self_check: Whether to compare the wrapper with the base on four tokens first.
             **config_values: Further fields of `SedacConfig`, such as `mode` or `probe_rank`.
 
@@ -178,7 +185,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         }
         config = SedacConfig.from_base_config(base_config, **values)
         parts: dict[str, Any] = {"heads": heads, "probes": probes}
-        model = cls(config, base, draft_vocabulary=draft_vocabulary, **parts)
+        model = cls(config, base, draft_vocabulary=draft_vocabulary, gates=gates, **parts)
         model.train(base.training)
         model.set_cascade(cascade)
         if self_check:
@@ -278,7 +285,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
             return self.shell.run(parts.passes.run_all, **arguments)
         if session.is_soft:
             return self.shell.run(SoftLoop(parts, session), **arguments)
-        loop = DecodeLoop(parts, session, arguments.get("attention_mask"))
+        mask, read = arguments.get("attention_mask"), arguments.get("input_ids")
+        loop = DecodeLoop(parts, session, mask, tokens=read)
         return self.shell.run(loop, **arguments)
 
     def _takes_loop(self, arguments: dict[str, Any]) -> bool:
@@ -347,6 +355,7 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         session = active_session(self)
         if session is not None:
             session.eos_tokens = getattr(generation_config, "_eos_token_tensor", None)
+            session.keeps_rows = (generation_config.num_beams or 1) == 1
             depth, count = self.shell.num_layers, len(self.exit_heads)
             processors.insert(0, SedacLogitsProcessor(session, depth, count))
         return processors

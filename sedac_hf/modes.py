@@ -17,6 +17,7 @@ from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
 from sedac_hf.core.channel_order import ChannelOrder
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, check_cascade
+from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.session import ExitSession, ExitStats
 from sedac_hf.errors import ModeError
@@ -50,6 +51,7 @@ class ModeControl(Measured, CalibrationMethods):
     shell: BaseShell
     exit_stats: ExitStats
     channel_order: ChannelOrder | None
+    gates: GateParts
     _assembly: Assembly | None
     refused_modes: dict[str, str]
     exits_off_reason: str | None
@@ -60,9 +62,28 @@ class ModeControl(Measured, CalibrationMethods):
         if self._assembly is None:
             heads = cast("list[ExitHead]", list(self.exit_heads))
             self._assembly = Assembly(
-                self.shell, heads, self.probes, self.draft_vocabulary, self.channel_order
+                self.shell,
+                heads,
+                self.probes,
+                self.draft_vocabulary,
+                self.channel_order,
+                self.gates,
             )
         return self._assembly
+
+    def set_gates(self, gates: GateParts) -> None:
+        """Take other fusion weights and classes of tokens, which rules may use.
+
+        Args:
+            gates: The parts.
+
+        Raises:
+            ConfigError: If the rules in force need parts that are not among them.
+        """
+        if self.cascade is not None:
+            gates.check(self.cascade)
+        self.gates = gates
+        self._assembly = None
 
     def set_cascade(self, cascade: CascadeConfig | None) -> None:
         """Take other rules by which tokens leave; in certified mode they act from now on.
@@ -75,6 +96,7 @@ class ModeControl(Measured, CalibrationMethods):
         """
         if cascade is not None:
             check_cascade(cascade, self.config.checkpoint_specs())
+            self.gates.check(cascade)
         if self.calibration is not None and self.calibration.chosen != cascade:
             logger.warning("Online calibration was for other rules and is detached; attach anew.")
             self.detach_calibration()
@@ -109,6 +131,7 @@ class ModeControl(Measured, CalibrationMethods):
         """
         if cascade is not None:
             check_cascade(cascade, self.config.checkpoint_specs())
+            self.gates.check(cascade)
         replaced = {} if cascade is None else {id(self): cascade}
         token = _REPLACED.set({**(_REPLACED.get() or {}), **replaced})
         try:

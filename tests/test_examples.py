@@ -131,7 +131,7 @@ def test_quickstart_answers_and_counts(tmp_path: Path, capsys: pytest.CaptureFix
     assert "left early" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["cascade_and_metrics", "suite_on_your_texts"])
+@pytest.mark.parametrize("name", ["cascade_and_metrics", "fused_confidence", "suite_on_your_texts"])
 def test_what_an_example_shows_is_what_happens(name: str) -> None:
     found = doctest.testmod(script(name))
     assert found.attempted > 4

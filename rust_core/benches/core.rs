@@ -78,7 +78,7 @@ fn checkpoint(c: &mut Criterion) {
                         try_exit: &mut try_exit,
                     };
                     let hidden = black_box(&hidden);
-                    cascade.step(0, hidden, &mut confidence, &active, &mut outcome).unwrap()
+                    cascade.step(0, hidden, &mut confidence, &active, None, &mut outcome).unwrap()
                 });
             });
         }

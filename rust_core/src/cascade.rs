@@ -38,6 +38,15 @@ impl Rule {
         if self.max_confidence > 0.0 { share } else { 0.0 }
     }
 
+    /// The same rule with another decay.
+    ///
+    /// `most` is the greatest confidence that could have been accumulated before it.
+    #[inline(always)]
+    #[must_use]
+    pub fn with_decay(&self, gamma: f32, most: f32) -> Self {
+        Self { gamma, max_confidence: gamma * most + self.weight, ..*self }
+    }
+
     /// Whether a row tries to exit. Never on a risk, or a confidence, that is NaN or infinite.
     #[inline(always)]
     #[must_use]
@@ -95,6 +104,15 @@ pub struct Outcome<'a> {
     pub try_exit: &'a mut [bool],
 }
 
+/// Decays that differ by row, in place of the rule's own.
+#[derive(Debug)]
+pub struct RowDecays<'a> {
+    /// Share of the earlier confidence that each row keeps.
+    pub gamma: &'a [f32],
+    /// Greatest confidence that each row could have had so far; updated for the active rows.
+    pub most: &'a mut [f32],
+}
+
 /// Rules and probes of all checkpoints.
 #[derive(Debug, Clone)]
 pub struct Cascade {
@@ -146,11 +164,13 @@ impl Cascade {
         hidden: &HiddenRows<'_>,
         confidence: &mut [f32],
         active: &[bool],
+        decays: Option<RowDecays<'_>>,
         outcome: &mut Outcome<'_>,
     ) -> Result<usize> {
         let rule = *self.rule(k)?;
         let probe = self.probes.get(k).ok_or(CoreError::NoProbes)?;
         let rows = hidden.len();
+        check_decays(rows, decays.as_ref())?;
         check_rows(rows, confidence, active, outcome)?;
         check_length("risk", outcome.risk.len(), rows, "one per row")?;
         if active.iter().all(|&active| active) {
@@ -164,7 +184,7 @@ impl Cascade {
                 *risk = if active { found.next().unwrap_or(f32::NAN) } else { f32::NAN };
             }
         }
-        Ok(decide(&rule, outcome.risk, confidence, active, outcome.normalised, outcome.try_exit))
+        Ok(decide(&rule, confidence, active, decays, outcome))
     }
 
     /// The same from risks that are already known. `outcome.risk` is read, not written.
@@ -176,11 +196,13 @@ impl Cascade {
         k: usize,
         confidence: &mut [f32],
         active: &[bool],
+        decays: Option<RowDecays<'_>>,
         outcome: &mut Outcome<'_>,
     ) -> Result<usize> {
         let rule = *self.rule(k)?;
+        check_decays(outcome.risk.len(), decays.as_ref())?;
         check_rows(outcome.risk.len(), confidence, active, outcome)?;
-        Ok(decide(&rule, outcome.risk, confidence, active, outcome.normalised, outcome.try_exit))
+        Ok(decide(&rule, confidence, active, decays, outcome))
     }
 
     fn rule(&self, k: usize) -> Result<&Rule> {
@@ -195,24 +217,38 @@ fn check_rows(rows: usize, confidence: &[f32], active: &[bool], out: &Outcome<'_
     check_length("try_exit", out.try_exit.len(), rows, "one per row")
 }
 
+fn check_decays(rows: usize, decays: Option<&RowDecays<'_>>) -> Result<()> {
+    let Some(decays) = decays else { return Ok(()) };
+    check_length("gamma", decays.gamma.len(), rows, "one per row")?;
+    check_length("most", decays.most.len(), rows, "one per row")
+}
+
 fn decide(
     rule: &Rule,
-    risk: &[f32],
     confidence: &mut [f32],
     active: &[bool],
-    normalised: &mut [f32],
-    try_exit: &mut [bool],
+    mut decays: Option<RowDecays<'_>>,
+    outcome: &mut Outcome<'_>,
 ) -> usize {
     let mut tries = 0;
     for (row, &active) in active.iter().enumerate() {
         if active {
-            confidence[row] = rule.accumulate(confidence[row], risk[row]);
-            normalised[row] = rule.normalised(confidence[row]);
-            try_exit[row] = rule.tries(risk[row], normalised[row]);
-            tries += usize::from(try_exit[row]);
+            let rule = match &mut decays {
+                None => *rule,
+                Some(decays) => {
+                    let found = rule.with_decay(decays.gamma[row], decays.most[row]);
+                    decays.most[row] = found.max_confidence;
+                    found
+                }
+            };
+            let risk = outcome.risk[row];
+            confidence[row] = rule.accumulate(confidence[row], risk);
+            outcome.normalised[row] = rule.normalised(confidence[row]);
+            outcome.try_exit[row] = rule.tries(risk, outcome.normalised[row]);
+            tries += usize::from(outcome.try_exit[row]);
         } else {
-            normalised[row] = f32::NAN;
-            try_exit[row] = false;
+            outcome.normalised[row] = f32::NAN;
+            outcome.try_exit[row] = false;
         }
     }
     tries
@@ -232,7 +268,7 @@ mod tests {
         let mut outcome =
             Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
         let confidence = std::slice::from_mut(confidence);
-        let tries = two().step_risk(k, confidence, &[active], &mut outcome).unwrap();
+        let tries = two().step_risk(k, confidence, &[active], None, &mut outcome).unwrap();
         assert_eq!(tries, usize::from(try_exit[0]));
         (normalised[0], try_exit[0])
     }
@@ -274,16 +310,35 @@ mod tests {
     }
 
     #[test]
+    fn decays_of_rows_take_the_place_of_the_rules() {
+        let (mut confidence, mut most) = ([0.5, 0.5, 0.5], [1.0, 1.0, 1.0]);
+        let (mut risk, mut normalised, mut try_exit) = ([0.5; 3], [0.0; 3], [false; 3]);
+        let mut outcome =
+            Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
+        let decays = RowDecays { gamma: &[0.8, 0.5, f32::NAN], most: &mut most };
+        two().step_risk(1, &mut confidence, &[true; 3], Some(decays), &mut outcome).unwrap();
+        // A row whose decay is the rule's own does what the rule does.
+        assert_eq!(confidence[0], 0.8 * 0.5 + 0.5 * 0.75);
+        assert_eq!(normalised[0], confidence[0] / (0.8 + 0.5));
+        assert_eq!((most[1], normalised[1]), (1.0, 0.5 * 0.5 + 0.5 * 0.75));
+        assert!(!try_exit[2]);
+        let mut outcome =
+            Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
+        let short = RowDecays { gamma: &[0.8], most: &mut most };
+        assert!(two().step_risk(1, &mut confidence, &[true; 3], Some(short), &mut outcome).is_err());
+    }
+
+    #[test]
     fn bad_rules_and_checkpoints_are_refused() {
         assert!(rules(&[], &[], &[], &[]).is_err());
         assert!(rules(&[1.0], &[1.0, 1.0], &[1.0], &[0.5]).is_err());
         assert!(rules(&[1.0], &[1.0], &[1.0], &[f32::NAN]).is_err());
         assert!(rules(&[-1.0], &[1.0], &[1.0], &[0.5]).is_err());
         let mut outcome = Outcome { risk: &mut [], normalised: &mut [], try_exit: &mut [] };
-        let refused = two().step_risk(2, &mut [], &[], &mut outcome).unwrap_err();
+        let refused = two().step_risk(2, &mut [], &[], None, &mut outcome).unwrap_err();
         assert_eq!(refused, CoreError::Checkpoint { index: 2, count: 2 });
         let hidden = HiddenRows::F32(vec![]);
-        let refused = two().step(0, &hidden, &mut [], &[], &mut outcome).unwrap_err();
+        let refused = two().step(0, &hidden, &mut [], &[], None, &mut outcome).unwrap_err();
         assert_eq!(refused, CoreError::NoProbes);
     }
 }

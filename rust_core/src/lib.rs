@@ -12,7 +12,7 @@
 //! let (mut risk, mut normalised, mut try_exit) = ([0.25, 0.75], [0.0; 2], [false; 2]);
 //! let mut outcome =
 //!     Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
-//! let tries = cascade.step_risk(0, &mut confidence, &[true, true], &mut outcome)?;
+//! let tries = cascade.step_risk(0, &mut confidence, &[true, true], None, &mut outcome)?;
 //! assert_eq!((tries, try_exit, normalised), (1, [true, false], [0.75, 0.25]));
 //! # Ok::<(), sedac_core::error::CoreError>(())
 //! ```

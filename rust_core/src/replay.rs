@@ -5,6 +5,7 @@
 //! exit's own probability is high enough too. Policies run in parallel; each reads the traces in
 //! blocks that stay in the first-level cache while a handful of policies pass over them.
 
+mod adaptive;
 mod blocks;
 mod lanes;
 #[cfg(test)]
@@ -12,9 +13,10 @@ mod tests;
 
 use rayon::prelude::*;
 
+pub use self::adaptive::{History, replay_adaptive};
 use self::blocks::{Blocks, Policy};
 use self::lanes::LaneRule;
-use crate::cascade::rules;
+use crate::cascade::{Rule, rules};
 use crate::error::{CoreError, Result, check_length};
 
 /// Policies that share a block while it is in cache.
@@ -70,7 +72,10 @@ pub struct Replay {
 /// policy's value is not allowed.
 pub fn replay(traces: &Traces<'_>, policies: &Policies<'_>) -> Result<Replay> {
     let checkpoints = policies.checkpoints;
-    let policies = parse(policies)?;
+    let policies: Vec<Policy> = parse(policies)?
+        .iter()
+        .map(|rules| rules.iter().map(|&(rule, least)| LaneRule::new(rule, least)).collect())
+        .collect();
     let blocks = Blocks::new(traces, checkpoints)?;
     let documents = traces.doc_offsets.len() - 1;
     let mut doc_delta = zeros("doc_delta", policies.len().saturating_mul(documents))?;
@@ -100,7 +105,8 @@ fn zeros(what: &'static str, elements: usize) -> Result<Vec<f32>> {
     Ok(vector)
 }
 
-fn parse(policies: &Policies<'_>) -> Result<Vec<Policy>> {
+/// Rules and least probabilities of every policy, checked.
+fn parse(policies: &Policies<'_>) -> Result<Vec<Vec<(Rule, f32)>>> {
     let checkpoints = policies.checkpoints;
     if checkpoints == 0 {
         return Err(CoreError::value("the number of checkpoints", "at least 1", 0.0));
@@ -128,11 +134,7 @@ fn parse(policies: &Policies<'_>) -> Result<Vec<Policy>> {
                 let name = format!("min_probability of policy {policy}");
                 return Err(CoreError::value(name, "finite and at least 0", f64::from(bad)));
             }
-            Ok(rules
-                .into_iter()
-                .zip(least)
-                .map(|(rule, &least)| LaneRule::new(rule, least))
-                .collect())
+            Ok(rules.into_iter().zip(least.iter().copied()).collect())
         })
         .collect()
 }

@@ -52,7 +52,7 @@ fn replay_counts_what_the_cascade_decides() {
         let mut try_exit = vec![false; TOKENS];
         let mut outcome =
             Outcome { risk: &mut found, normalised: &mut normalised, try_exit: &mut try_exit };
-        tries.push(cascade.step(k, &hidden, &mut confidence, &active, &mut outcome).unwrap());
+        tries.push(cascade.step(k, &hidden, &mut confidence, &active, None, &mut outcome).unwrap());
         left.push(try_exit.iter().filter(|&&trying| trying).count());
         for token in 0..TOKENS {
             active[token] &= !try_exit[token];

@@ -78,6 +78,16 @@ class PolicyVectors:
             )
         )
 
+    @classmethod
+    def of(cls, cascades: Sequence[CascadeConfig]) -> PolicyVectors:
+        """The parameters of some cascades of the same checkpoints, at least one.
+
+        Args:
+            cascades: The cascades.
+        """
+        names = ("threshold", "weight", "decay", "exit_confidence", "min_probability")
+        return cls(*(np.stack([each.array(name) for each in cascades]) for name in names))
+
     def _arrays(self) -> tuple[Float32Array, ...]:
         return (self.tau, self.weight, self.gamma, self.exit_confidence, self.min_probability)
 

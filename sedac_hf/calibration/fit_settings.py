@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sedac_hf.calibration.fusion_training import ModalityReport
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.calibration.probe_training import GateReport
 from sedac_hf.config import CheckpointSpec
@@ -64,6 +65,9 @@ class FitReport:
         self_written: Whether the base wrote the texts that were chosen and tested on.
         heads: One report a head.
         gates: How well each gate works at each checkpoint, on documents it did not see.
+        modalities: What each kind of evidence adds to each gate and what it costs.
+        ablation: Each variant of the gates: its cost within the budget on documents that it was not
+            searched on, its policy at the target, and whether it was chosen.
         probe_target: Which target the kept probes have.
         temperatures: What the logits of each exit are divided by.
         costs: What probes, tries and exits cost on this machine, as fractions of a plain step.
@@ -79,6 +83,8 @@ class FitReport:
     self_written: bool = True
     heads: list[HeadReport] = field(default_factory=list)
     gates: list[GateReport] = field(default_factory=list)
+    modalities: list[ModalityReport] = field(default_factory=list)
+    ablation: list[dict[str, Any]] = field(default_factory=list)
     probe_target: str = "entropy"
     temperatures: list[float] = field(default_factory=list)
     costs: dict[str, Any] = field(default_factory=dict)

@@ -24,8 +24,9 @@ from sedac_hf.calibration.documents import Document, encode_texts, read_document
 from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_splits import Splits
-from sedac_hf.calibration.head_storage import choose_storage
+from sedac_hf.calibration.gate_choice import choose_gates
 from sedac_hf.calibration.head_schedule import HeadSchedule, head_learning_rate
+from sedac_hf.calibration.head_storage import choose_storage
 from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
@@ -208,7 +209,7 @@ class FitRun:
             temperatures=temperatures,
             seed=self.settings.seed,
         )
-        self.report.gates, self.report.probe_target = fitted.gates, fitted.target
+        self.report.probe_target = fitted.target
         self._stage("probes")
         model = SedacForCausalLM.from_base(
             self.base,
@@ -223,17 +224,27 @@ class FitRun:
             fingerprint=fingerprint(self.base),
             head_hits=[[head.agreement, *head.top.values()] for head in self.report.heads],
         )
-        model.risk_histograms = RiskHistograms.from_traces(fitted.traces)
         self._channels(model, splits)
-        fitted.traces.save(self.workspace.directory / "traces.safetensors")
         costs = self._costs(model, splits)
         self.report.costs = costs.to_dict()
-        self.policies = choose_policies(
-            model, fitted.traces,
-            splits.of(splits.search[: _SEARCH_DOCUMENTS[self.settings.kv_mode]]), costs,
-            rungs=_RUNGS[self.settings.kv_mode], temperatures=temperatures,
+        gates = choose_gates(
+            heads, fitted, self.shell, states, splits.probe, splits.search, self.tokenizer, costs,
             epsilon=self.settings.epsilon, seed=self.settings.seed,
         )  # fmt: skip
+        model.set_gates(gates.parts)
+        model.risk_histograms = RiskHistograms.from_traces(gates.traces)
+        if self.process.is_main_process:
+            fitted.traces.save(self.workspace.directory / "traces.safetensors")
+        self._stage("gates")
+        self.policies = choose_policies(
+            model, gates.traces,
+            splits.of(splits.search[: _SEARCH_DOCUMENTS[self.settings.kv_mode]]), costs,
+            rungs=_RUNGS[self.settings.kv_mode], temperatures=temperatures,
+            epsilon=self.settings.epsilon, seed=self.settings.seed, front=gates.front,
+        )  # fmt: skip
+        self.report.gates = [*fitted.gates, *gates.fusion.gates]
+        self.report.modalities = gates.fusion.modalities
+        self.report.ablation = gates.found.table(self.policies, temperatures, self.settings.epsilon)
         self._stage("search")
         return model
 

@@ -29,7 +29,8 @@ from sedac_hf.calibration.online_settings import OnlineSettings
 from sedac_hf.calibration.protection import Protection, Signals
 from sedac_hf.calibration.safe_rules import exits_off, may_leave, with_thresholds
 from sedac_hf.calibration.throughput import ThroughputMonitor
-from sedac_hf.core.cascade_controller import CascadeConfig, aim_thresholds
+from sedac_hf.core.aiming import aim_thresholds
+from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.errors import CalibrationError, SedacError
 from sedac_hf.files import write_atomically
 

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sedac_hf import _core
 from sedac_hf.calibration.candidates import PolicyVectors, perturbed, random_policies, structured
 from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
+from sedac_hf.core.cascade_options import option_values, options_from
 from sedac_hf.core.exit_strategy import DEFAULT_STEEPNESS
 from sedac_hf.errors import CalibrationError
 
@@ -19,9 +21,18 @@ if TYPE_CHECKING:
     from sedac_hf.calibration.costs import CostModel
     from sedac_hf.calibration.traces import Traces
 
-__all__ = ["Policy", "pareto_front", "pareto_indices"]
+__all__ = [
+    "History",
+    "Policy",
+    "pareto_front",
+    "pareto_indices",
+    "replayed",
+    "usable_documents",
+]
 
 FloatArray = npt.NDArray[np.float64]
+# Entropy of full depth at each token, its scale, the bonus and the momentum of an adaptive decay.
+History: TypeAlias = tuple[npt.NDArray[np.float32], float, float, float]
 # Policies with their estimated delta, exit share and cost.
 _Scored: TypeAlias = tuple[PolicyVectors, FloatArray, FloatArray, FloatArray]
 
@@ -47,10 +58,12 @@ class Policy:
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as plain JSON values."""
+        options = option_values(self.cascade)
         return {
             "layers": [asdict(layer) for layer in self.cascade.layers],
             "strategy": self.cascade.strategy,
             "steepness": self.cascade.steepness,
+            **({"options": options} if options else {}),
             "estimated_delta": self.estimated_delta,
             "exit_share": self.exit_share,
             "cost": self.cost,
@@ -67,12 +80,14 @@ class Policy:
             The policy.
         """
         layers = tuple(LayerConfig(**layer) for layer in values["layers"])
+        options = {n: torch.tensor(value) for n, value in values.get("options", {}).items()}
         return cls(
             CascadeConfig(
                 layers,
                 strategy=values["strategy"],
                 # Earlier versions knew hard exits alone, and no steepness.
                 steepness=float(values.get("steepness", DEFAULT_STEEPNESS)),
+                **options_from(options),
             ),
             estimated_delta=float(values["estimated_delta"]),
             exit_share=float(values["exit_share"]),
@@ -87,6 +102,7 @@ def pareto_front(
     candidates: int = 6000,
     seed: int = 0,
     most_cost: float = 1.0,
+    history: History | None = None,
 ) -> list[Policy]:
     """Replay structured, random and refined candidates and keep those that nothing beats.
 
@@ -96,6 +112,7 @@ def pareto_front(
         candidates: Threshold vectors to replay.
         seed: Seed of the random candidates.
         most_cost: Only policies that cost less are kept; a plain pass costs 1.
+        history: What decays follow, as `replay` of the core takes it; None keeps them as they are.
 
     Returns:
         The Pareto front of (cost, estimated delta), by increasing delta.
@@ -109,16 +126,16 @@ def pareto_front(
             f"the traces are of checkpoints {tuple(traces.checkpoints)}, the costs of {expected}; "
             "make both from the same artefact."
         )
-    usable = _usable_documents(traces)
+    usable = usable_documents(traces)
     rng = np.random.default_rng(seed)
-    kept = _evaluate(structured(traces), traces, costs, usable, most_cost)
+    kept = _evaluate(structured(traces), traces, costs, usable, most_cost, history)
     rounds = 3
     size = max(1, candidates // rounds)
     for step in range(rounds):
         # The first round looks everywhere, the later ones around what was best so far.
         blind = step == 0 or len(kept[0]) == 0
         fresh = random_policies(traces, size, rng) if blind else perturbed(kept[0], size, rng)
-        kept = _merged(kept, _evaluate(fresh, traces, costs, usable, most_cost))
+        kept = _merged(kept, _evaluate(fresh, traces, costs, usable, most_cost, history))
     vectors, delta, share, cost = kept
     return [
         Policy(
@@ -128,8 +145,15 @@ def pareto_front(
     ]
 
 
-def _usable_documents(traces: Traces) -> npt.NDArray[np.bool_]:
-    """Documents in which something can exit and the base's own NLL is finite, shape `[D]`."""
+def usable_documents(traces: Traces) -> npt.NDArray[np.bool_]:
+    """Documents in which something can exit and the base's own NLL is finite, shape `[D]`.
+
+    Args:
+        traces: The traces.
+
+    Raises:
+        CalibrationError: If there is none.
+    """
     offsets = np.asarray(traces.doc_offsets)
 
     def count(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
@@ -160,8 +184,33 @@ def _evaluate(
     costs: CostModel,
     usable: npt.NDArray[np.bool_],
     most_cost: float,
+    history: History | None,
 ) -> _Scored:
     """Replay policies and drop those that let nothing leave or cost too much."""
+    delta, share, cost = replayed(vectors, traces, costs, usable, history)
+    good = np.flatnonzero((cost < most_cost) & (share > 0.0))
+    return vectors.selected(good), delta[good], share[good], cost[good]
+
+
+def replayed(
+    vectors: PolicyVectors,
+    traces: Traces,
+    costs: CostModel,
+    usable: npt.NDArray[np.bool_],
+    history: History | None = None,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What policies come to on traces.
+
+    Args:
+        vectors: P policies.
+        traces: The traces.
+        costs: What probes, tries and exits cost.
+        usable: Documents that count for the delta, ``[D]``.
+        history: As for `pareto_front`.
+
+    Returns:
+        Mean delta, share of the decode steps that leave, and cost, ``[P]`` each.
+    """
     delta, share, cost = (np.empty(len(vectors)) for _ in range(3))
     tokens = int(np.count_nonzero(traces.eligible))
     for part in _chunks(len(vectors)):
@@ -177,12 +226,12 @@ def _evaluate(
             some.gamma,
             some.exit_confidence,
             some.min_probability,
+            history,
         )
         delta[part] = out["doc_delta"][:, usable].mean(axis=1, dtype=np.float64)
         share[part] = out["exits"].sum(axis=1) / tokens
         cost[part] = costs.expected(out["exits"], out["tries"], some.min_probability > 0, tokens)
-    good = np.flatnonzero((cost < most_cost) & (share > 0.0))
-    return vectors.selected(good), delta[good], share[good], cost[good]
+    return delta, share, cost
 
 
 def _chunks(size: int) -> Iterator[npt.NDArray[np.int64]]:

@@ -23,12 +23,22 @@ if TYPE_CHECKING:
     from sedac_hf.calibration.traces import Traces
     from sedac_hf.modeling import SedacForCausalLM
 
-__all__ = ["Policy", "choose_policies", "ladder", "pareto_front", "reorder", "search", "verify"]
+__all__ = [
+    "MOST_COST",
+    "Policy",
+    "choose_policies",
+    "ladder",
+    "pareto_front",
+    "reorder",
+    "search",
+    "verify",
+    "with_temperatures",
+]
 
 logger = logging.getLogger(__name__)
 
 # Expected cost up to which a policy may stand in the walk; a plain pass costs 1.
-_MOST_COST = 1.02
+MOST_COST = 1.02
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -167,6 +177,7 @@ def choose_policies(
     seed: int = 0,
     batch_tokens: int | None = None,
     deadline: float | None = None,
+    front: Sequence[Policy] | None = None,
 ) -> list[Policy]:
     """Search by replay, verify by the true forward, correct for K/V effects, and order the walk.
 
@@ -187,14 +198,17 @@ def choose_policies(
         seed: Seed of the random candidates.
         batch_tokens: Most tokens of one forward; None picks it from the vocabulary.
         deadline: `time.monotonic()` value after which no further policy is verified.
+        front: Policies to choose from, by increasing estimated delta and falling cost; None finds
+            them by replay.
 
     Returns:
         Policies from the safest to the boldest, with verified deltas; empty when nothing saves.
     """
     # A policy that costs as much as it saves is no use, but may be the only one that is safe.
-    front = pareto_front(traces, costs, candidates=candidates, seed=seed, most_cost=_MOST_COST)
+    if front is None:
+        front = pareto_front(traces, costs, candidates=candidates, seed=seed, most_cost=MOST_COST)
     if temperatures is not None:
-        front = [_with_temperatures(policy, temperatures) for policy in front]
+        front = [with_temperatures(policy, temperatures) for policy in front]
     coarse = ladder(front, epsilon=epsilon, rungs=3, margin=margin)
     if not coarse:
         return []
@@ -223,7 +237,13 @@ def _verified_together(model: SedacForCausalLM, policies: list[Policy]) -> list[
     return [[policy] for policy in policies]
 
 
-def _with_temperatures(policy: Policy, temperatures: Sequence[float]) -> Policy:
+def with_temperatures(policy: Policy, temperatures: Sequence[float]) -> Policy:
+    """The same policy with exits that speak at given temperatures.
+
+    Args:
+        policy: The policy.
+        temperatures: What the logits of exits at each checkpoint are divided by.
+    """
     layers = [
         replace(layer, temperature=temperature)
         for layer, temperature in zip(policy.cascade.layers, temperatures, strict=True)

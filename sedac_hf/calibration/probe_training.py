@@ -36,7 +36,9 @@ class GateReport:
 
     Attributes:
         layer_idx: The checkpoint.
-        gate: `"entropy"` or `"divergence"` (probes by target), or `"probability"` (the exit's own).
+        gate: `"entropy"` or `"divergence"` (probes by target), `"probability"` (the exit's own), or
+            what they are fused to: `"static risk"` and `"gated risk"` before the exit head,
+            `"static"` and `"gated"` behind it.
         auroc: Chance that an exit that disagrees with full depth is ranked above one that agrees.
         share: Share of tokens that may leave, safest first, until the mean divergence over all
             tokens reaches the budget.
@@ -128,12 +130,14 @@ class FittedProbes:
         target: `"entropy"` or `"divergence"`.
         gates: Reports of all gates at all checkpoints.
         traces: Traces of the documents that the gates were judged on.
+        seen: Traces of the documents that the probes were trained on.
     """
 
     probes: ProbeManager
     target: str
     gates: list[GateReport]
     traces: Traces
+    seen: Traces
 
 
 def fit_probes(
@@ -172,6 +176,7 @@ def fit_probes(
     fresh = collect_traces(heads, blank, shell, states, judge, draft, temperatures)
     fitted: dict[str, list[LREProbe]] = {"entropy": [], "divergence": []}
     risks: dict[str, list[FloatArray]] = {"entropy": [], "divergence": []}
+    own_risks: dict[str, list[FloatArray]] = {"entropy": [], "divergence": []}
     gates: list[GateReport] = []
     for column, head in enumerate(heads):
         inputs, entropy = probe_inputs(head, states, train)
@@ -182,6 +187,7 @@ def fit_probes(
             risk: FloatArray = probe(unseen).numpy()
             fitted[name].append(probe)
             risks[name].append(risk)
+            own_risks[name].append(probe(inputs).numpy())
             gates.append(gate_report(head.layer_idx, name, risk, fresh, column, budget))
         own = 1.0 - fresh.probability[:, column]
         gates.append(gate_report(head.layer_idx, "probability", own, fresh, column, budget))
@@ -190,8 +196,12 @@ def fit_probes(
     }
     better = max(shares, key=lambda name: shares[name])
     logger.info("probes trained on %s let more tokens leave: %s", better, shares)
-    traces = replace(fresh, risk=np.stack(risks[better], axis=1).astype(np.float32))
-    return FittedProbes(ProbeManager(fitted[better]).to(device), better, gates, traces)
+    traces, own_traces = (
+        replace(traces, risk=np.stack(found[better], axis=1).astype(np.float32))
+        for traces, found in ((fresh, risks), (seen, own_risks))
+    )
+    probes = ProbeManager(fitted[better]).to(device)
+    return FittedProbes(probes, better, gates, traces, own_traces)
 
 
 def train_probe(inputs: Tensor, target: Tensor, rank: int, *, seed: int = 0) -> LREProbe:

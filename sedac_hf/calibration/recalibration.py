@@ -14,9 +14,12 @@ from sedac_hf.calibration.certify import certify
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, split_documents
 from sedac_hf.calibration.drift import RiskHistograms
+from sedac_hf.calibration.gate_stage import TracedSplit, fused_traces
 from sedac_hf.calibration.measurement import collect_traces
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.states import BaseStates
+from sedac_hf.calibration.token_facts import TokenFacts, collect_facts
+from sedac_hf.calibration.variants import Material, Variant, front_of
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.perplexity import as_documents
 
@@ -93,7 +96,9 @@ def calibrate(
             probe_rank=model.config.probe_rank,
             draft_vocabulary=0 if draft is None else len(draft),
         )
-    traces = trace_documents(model, search, progress=progress)
+    traces, facts = _traced(model, search, progress=progress)
+    own = Variant("as fitted").of(model.cascade) if model.cascade else Variant("plain")
+    material = Material({own.fusion: traces}, facts, {own.fusion: costs}, model.gates.token_classes)
     policies = choose_policies(
         model,
         traces,
@@ -104,6 +109,7 @@ def calibrate(
         rungs=rungs,
         seed=seed,
         batch_tokens=batch_tokens,
+        front=front_of(own, material, seed=seed),
     )
     certificate = certify(
         model,
@@ -127,7 +133,7 @@ def trace_documents(
 ) -> Traces:
     """Traces of every possible exit on documents; the base's states are kept on disk meanwhile.
 
-    Exits speak at the temperatures of the model's present rules.
+    Exits speak at the temperatures of the model's present rules, and risks are fused as those say.
 
     Args:
         model: A wrapped model with exit heads.
@@ -137,6 +143,13 @@ def trace_documents(
     Returns:
         The traces, in the order of the documents.
     """
+    return _traced(model, documents, progress=progress)[0]
+
+
+def _traced(
+    model: SedacForCausalLM, documents: Sequence[Document], *, progress: bool
+) -> tuple[Traces, TokenFacts]:
+    """Traces by the model's present rules, and what else is known of the tokens."""
     heads = cast("list[ExitHead]", list(model.exit_heads))
     draft = model.draft_vocabulary
     if draft is None:
@@ -146,15 +159,16 @@ def trace_documents(
         layers = [head.layer_idx for head in heads]
         states = BaseStates(Path(folder), documents, layers, width)
         states.record(model.shell, progress=progress)
-        return collect_traces(
-            heads,
-            model.probes,
-            model.shell,
-            states,
-            range(len(documents)),
-            draft,
-            _temperatures(model),
+        rows = range(len(documents))
+        traces = collect_traces(
+            heads, model.probes, model.shell, states, rows, draft, _temperatures(model)
         )
+        facts = collect_facts(heads, model.shell, states, rows)
+        kind = "none" if model.cascade is None else model.cascade.fusion
+        if kind != "none" and model.gates.fusion is not None:
+            split = TracedSplit(rows, traces, facts)
+            traces = fused_traces(model.gates.fusion, kind, heads, model.probes, states, split)
+        return traces, facts
 
 
 def _temperatures(model: SedacForCausalLM) -> list[float] | None:

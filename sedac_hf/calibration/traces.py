@@ -62,6 +62,18 @@ class Traces:
                 "another shape"
             )
 
+    def of_documents(self, chosen: BoolArray) -> Traces:
+        """The traces of some documents.
+
+        Args:
+            chosen: Which, ``[D]``.
+        """
+        lengths = np.diff(self.doc_offsets)
+        rows = np.repeat(chosen, lengths)
+        offsets = np.concatenate([[0], np.cumsum(lengths[chosen])]).astype(np.int64)
+        arrays = {name: getattr(self, name)[rows] for name in (*_PER_TOKEN, *_PER_EXIT)}
+        return Traces(checkpoints=self.checkpoints, doc_offsets=offsets, **arrays)
+
     def save(self, path: Path) -> None:
         """Write the traces as safetensors."""
         arrays: dict[str, Any] = {

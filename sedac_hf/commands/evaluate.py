@@ -57,6 +57,10 @@ def evaluate(
         float | None,
         typer.Option(help="Exit with code 1 if perplexity rises by more (0.01 = 1 %)."),
     ] = None,
+    ablation: Annotated[
+        bool,
+        typer.Option("--ablation", help="Measure each variant of the gates, in one table."),
+    ] = False,
     output: ReportFile = None,
     seed: Seed = 0,
     device: Device = "auto",
@@ -69,8 +73,32 @@ def evaluate(
     Perplexity is that of the model that generates: every token after a prompt follows the exit
     rule. Speed is that of real generate() calls at batch 1, against base.generate() and against our
     own loop without exits. Without MODEL it measures the artefact of the repository.
+
+    With --ablation each row is a variant of the gates (entropy alone, fused, gated; decay and
+    routing on and off) with the policy that fit found for it, all in one run.
     """
     from sedac_hf.cli_run import Timing, run_evaluation
+
+    if ablation:
+        from sedac_hf.cli_ablation import run_ablation
+
+        if mode not in (None, "certified") or uncertified or max_increase is not None:
+            raise UsageError("--ablation measures variants of certified exits, and no other mode.")
+        rows = run_ablation(
+            model or default_artefact(),
+            Timing(max_new_tokens, rounds, prompts) if speed else None,
+            base=base,
+            data=data,
+            documents=documents,
+            output=output,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            screen=Screen(quiet=quiet, as_json=as_json),
+        )
+        if as_json:
+            write_json(rows)
+        return
 
     screen = Screen(quiet=quiet, as_json=as_json)
     if strategies:

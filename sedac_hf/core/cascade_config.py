@@ -13,6 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cascade_options import (
+    AdaptiveDecay,
+    ClassRule,
+    option_tensors,
+    options_from,
+)
 from sedac_hf.core.exit_strategy import (
     DEFAULT_STEEPNESS,
     STRATEGIES,
@@ -21,6 +27,7 @@ from sedac_hf.core.exit_strategy import (
     make_strategy,
     strategy_name,
 )
+from sedac_hf.core.fused_gates import FUSIONS
 from sedac_hf.errors import ConfigError
 
 __all__ = ["STRATEGIES", "CascadeConfig", "LayerConfig"]
@@ -117,12 +124,20 @@ class CascadeConfig:
             is no calibration; None if thresholds are final.
         steepness: How fast the share that a soft exit skips rises with confidence: `k` of
             `soft_exit_mlp_scaling`.
+        fusion: What risk and probability are: "none" for the probe's and the exit's own, "static"
+            or "gated" for those fused with other evidence.
+        adaptive_decay: How the decay follows a text; None keeps it as it is.
+        routes: How the rules differ by class of the token just read, one entry a class; none for
+            the same rules for all.
     """
 
     layers: Sequence[LayerConfig]
     strategy: str = "hard"
     target_exit_rate: float | None = None
     steepness: float = DEFAULT_STEEPNESS
+    fusion: str = "none"
+    adaptive_decay: AdaptiveDecay | None = None
+    routes: Sequence[ClassRule] = ()
 
     def __post_init__(self) -> None:
         """Refuse an empty or unordered cascade.
@@ -132,6 +147,7 @@ class CascadeConfig:
                 one of those known.
         """
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "routes", tuple(self.routes))
         if not self.layers:
             raise ConfigError("a cascade needs at least one checkpoint, found none.")
         indices = self.layer_indices
@@ -141,6 +157,8 @@ class CascadeConfig:
             )
         object.__setattr__(self, "strategy", strategy_name(self.strategy))
         _ = self.exit_strategy  # refuses a bad steepness
+        if self.fusion not in FUSIONS:
+            raise ConfigError(f"fusion must be one of {FUSIONS}, found {self.fusion!r}.")
         rate = self.target_exit_rate
         if rate is not None and not 0 < rate < 1:
             raise ConfigError(f"target_exit_rate must lie between 0 and 1, found {rate!r}.")
@@ -175,14 +193,14 @@ class CascadeConfig:
         """The rules as tensors ``cascade.<field>``, float32, ``[checkpoints]`` each.
 
         Rules of soft exits also have a ``cascade.steepness`` of one number; of hard ones, which do
-        not use it, it is not kept. What `from_tensors`
-        makes of them equals this configuration rounded to float32, which is the precision that
-        decisions are made in.
+        not use it, it is not kept. Options that are not used add none. What `from_tensors` makes of
+        them equals this configuration rounded to float32, which is the precision that decisions are
+        made in.
         """
         found = {f"cascade.{name}": torch.from_numpy(self.array(name)) for name in _TENSOR_FIELDS}
         if self.is_soft:
             found[_STEEPNESS] = torch.tensor([self.steepness], dtype=torch.float32)
-        return found
+        return found | option_tensors(self)
 
     @classmethod
     def from_tensors(
@@ -232,4 +250,5 @@ class CascadeConfig:
             strategy=strategy,
             target_exit_rate=target_exit_rate,
             steepness=DEFAULT_STEEPNESS if steepness is None else float(steepness),
+            **options_from(tensors),
         )

@@ -7,8 +7,7 @@ risk been 0. A risk that is NaN or infinite never exits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
@@ -18,10 +17,16 @@ from torch import Tensor
 
 from sedac_hf import _core
 from sedac_hf.core.cascade_config import CascadeConfig, LayerConfig
+from sedac_hf.core.cascade_state import CascadeState, StepContext, begin_state
+from sedac_hf.core.confidence_fusion import adaptive_confidence_decay
+from sedac_hf.core.estimators import Observation
+from sedac_hf.core.fused_gates import FusedGates, Seen
+from sedac_hf.core.gate_parts import GateParts
+from sedac_hf.core.token_routing import TOKEN_CLASSES
 from sedac_hf.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sedac_hf.core.probe_inference import PackedProbe
+    from sedac_hf.core.probe_inference import PackedProbe, ProbeManager
 
 __all__ = [
     "CascadeConfig",
@@ -29,24 +34,14 @@ __all__ = [
     "CascadeState",
     "CheckpointDecision",
     "LayerConfig",
-    "aim_thresholds",
+    "StepContext",
 ]
 
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+_Call = Callable[[_core.Cascade, Mask | None, tuple[FloatArray, ...]], tuple[Any, ...]]
 
 _DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-
-
-@dataclass
-class CascadeState:
-    """What the cascade has accumulated in one decode step.
-
-    Attributes:
-        confidence: Accumulated confidence, not normalised, ``[rows]``.
-    """
-
-    confidence: FloatArray
 
 
 class CheckpointDecision(NamedTuple):
@@ -73,19 +68,31 @@ class CascadeController:
         strategy: What an exit skips.
     """
 
-    def __init__(self, config: CascadeConfig, probes: Sequence[PackedProbe] | None = None) -> None:
+    def __init__(
+        self,
+        config: CascadeConfig,
+        probes: Sequence[PackedProbe] | None = None,
+        *,
+        gates: GateParts | None = None,
+        modules: ProbeManager | None = None,
+    ) -> None:
         """Hand rules and probes to the Rust core.
 
         Args:
             config: The rules.
             probes: One packed probe per checkpoint; without them only `step_risk` works.
+            gates: Fusion weights and classes of tokens, where the rules use them.
+            modules: The same probes as modules; needed where the rules fuse evidence.
 
         Raises:
-            ConfigError: If the number of probes is another than that of checkpoints, or a probe
-                is malformed.
+            ConfigError: If the number of probes is another than that of checkpoints, a probe
+                is malformed, or the rules need a part that is not there.
         """
         self.config = config
         self.strategy = config.exit_strategy
+        parts = gates or GateParts()
+        parts.check(config)
+        self._token_classes = parts.token_classes if config.routes else None
         try:
             packed = [
                 _core.Probe(
@@ -98,24 +105,48 @@ class CascadeController:
                 )
                 for probe in probes or ()
             ]
-            self._cascade = _core.Cascade(
-                config.array("threshold"),
-                config.array("weight"),
-                config.array("decay"),
-                config.array("exit_confidence"),
-                packed,
-            )
+            thresholds = config.array("threshold")
+            self._cascade = self._core_of(thresholds, packed)
+            self._routed = [
+                self._core_of(np.array([rule.threshold_of(each) for each in config.layers]), packed)
+                for rule in config.routes
+            ]
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the cascade cannot be built: {error}.") from error
+        self._bars = np.array(
+            [[rule.least_of(each) for each in config.layers] for rule in config.routes], np.float32
+        )
+        self._fused: FusedGates | None = None
+        if packed and parts.fusion is not None and config.fusion != "none":
+            if modules is None:
+                raise ConfigError("rules that fuse evidence need the probes as modules too.")
+            native = [_native(probe) for probe in packed]
+            self._fused = FusedGates(parts.fusion, config.fusion, modules, native)
+
+    def _core_of(self, thresholds: npt.NDArray[Any], probes: list[_core.Probe]) -> _core.Cascade:
+        names = ("weight", "decay", "exit_confidence")
+        rules = [self.config.array(name) for name in names]
+        return _core.Cascade(thresholds.astype(np.float32), *rules, probes)
 
     @property
     def num_checkpoints(self) -> int:
         """Number of checkpoints."""
         return self._cascade.num_checkpoints
 
-    def start(self, rows: int) -> CascadeState:
-        """The state before the first checkpoint, for `rows` rows."""
-        return CascadeState(np.zeros(rows, np.float32))
+    @property
+    def fuses(self) -> bool:
+        """Whether the risk is fused from more than the probe's."""
+        return self._fused is not None
+
+    def start(self, rows: int, context: StepContext | None = None) -> CascadeState:
+        """The state before the first checkpoint.
+
+        Args:
+            rows: Number of rows.
+            context: What is known of them beside their states.
+        """
+        adapts = self.config.adaptive_decay is not None
+        return begin_state(rows, context or StepContext(), self._token_classes, adapts)
 
     def step(
         self, k: int, hidden: Tensor, state: CascadeState, active: Mask | Tensor | None = None
@@ -126,8 +157,8 @@ class CascadeController:
 
         Args:
             k: Which checkpoint, from 0.
-            hidden: States ``[rows, width]`` on the CPU. On other devices, compute the risks there
-                and give them to `step_risk`.
+            hidden: States ``[rows, width]`` on the CPU; on any device where evidence is fused. On
+                other devices, compute the risks there and give them to `step_risk`.
             state: Updated in place for the active rows.
             active: Rows that have not left, ``[rows]``; all by default.
 
@@ -137,12 +168,43 @@ class CascadeController:
         Raises:
             ConfigError: If there are no probes, or a shape or device is another.
         """
+        mask = _mask(active)
+        if self._fused is not None:
+            state.seen = Seen(Observation(hidden, state.before))
+            state.before = hidden
+            risk = self._fused.risk(k, state.seen)
+            if mask is not None:
+                risk = np.where(mask, risk, np.float32(np.nan))
+            return self.step_risk(k, risk, state, mask)
         array, dtype = _in_place(hidden)
-        try:
-            decision = self._cascade.step(k, array, dtype, state.confidence, _mask(active))
-        except (IndexError, TypeError, ValueError) as error:
-            raise ConfigError(f"checkpoint {k}: {error}.") from error
-        return CheckpointDecision(*decision)
+        unknown = np.full(len(array), np.nan, np.float32)
+        return self._decided(
+            k, state, mask, unknown,
+            lambda core, rows, decays: core.step(
+                k, array, dtype, state.confidence, rows, *decays
+            ),
+        )  # fmt: skip
+
+    def risks(self, k: int, hidden: Tensor, before: Tensor | None = None) -> FloatArray:
+        """The risks that `step` decides by, and no decision.
+
+        Args:
+            k: Which checkpoint, from 0.
+            hidden: States ``[rows, width]``, as for `step`.
+            before: States of the same rows at the checkpoint before, or embeddings.
+
+        Returns:
+            Risks ``[rows]``; NaN where they need states before and there are none.
+        """
+        if self._fused is not None:
+            return self._fused.risk(k, Seen(Observation(hidden, before)))
+        array, dtype = _in_place(hidden)
+        found: FloatArray = self._cascade.step(k, array, dtype, np.zeros(len(array), np.float32))[0]
+        return found
+
+    def needs_before(self, k: int) -> bool:
+        """Whether checkpoint `k` looks at the states of the checkpoint before."""
+        return self._fused is not None and self._fused.needs_before(k)
 
     def step_risk(
         self,
@@ -167,11 +229,97 @@ class CascadeController:
         """
         if isinstance(risk, Tensor):
             risk = risk.detach().to("cpu", torch.float32).contiguous().numpy()
+        given = risk
+        return self._decided(
+            k, state, _mask(active), given,
+            lambda core, rows, decays: core.step_risk(k, given, state.confidence, rows, *decays),
+        )  # fmt: skip
+
+    def _decided(
+        self, k: int, state: CascadeState, active: Mask | None, risk: FloatArray, call: _Call
+    ) -> CheckpointDecision:
+        """Ask the core, class by class where classes have rules of their own."""
+        decays: tuple[FloatArray, ...] = ()
+        if state.uncertainty is not None and state.most is not None:
+            base = self.config.layers[k].decay if 0 <= k < self.num_checkpoints else 0.0
+            gamma = adaptive_confidence_decay(base, state.uncertainty, state.bonus)
+            decays = (gamma, state.most)
         try:
-            decision = self._cascade.step_risk(k, risk, state.confidence, _mask(active))
+            if state.classes is None:
+                return CheckpointDecision(*call(self._cascade, active, decays))
+            rows = np.ones(len(risk), np.bool_) if active is None else active
+            found = _nothing(risk)
+            for kind in np.unique(state.classes[rows]).tolist():
+                # A token that is not known has no rules, so it does not leave.
+                if kind >= len(TOKEN_CLASSES):
+                    continue
+                here = rows & (state.classes == kind)
+                some = CheckpointDecision(*call(self._routed[kind], here, decays))
+                found = _merged(found, some, here)
+            return found
         except (IndexError, TypeError, ValueError) as error:
             raise ConfigError(f"checkpoint {k}: {error}.") from error
-        return CheckpointDecision(*decision)
+
+    def least_probability(self, k: int, state: CascadeState) -> FloatArray | None:
+        """What the exit's own probability must reach at checkpoint `k`.
+
+        Args:
+            k: Which checkpoint, from 0.
+            state: What is known of the rows.
+
+        Returns:
+            Least probabilities ``[rows]``; None where none is asked for.
+        """
+        least = self.config.layers[k].min_probability
+        if least <= 0:
+            return None
+        if state.classes is None:
+            return np.full(len(state.confidence), least, np.float32)
+        # A class that is not known has no rules; its rows do not try, so any bar will do.
+        known = np.minimum(state.classes, len(TOKEN_CLASSES) - 1)
+        return np.asarray(self._bars[known, k], np.float32)
+
+    def sureness(self, k: int, probability: FloatArray, state: CascadeState) -> FloatArray:
+        """What is held against the least probability: the exit's own, or what it is fused to.
+
+        Args:
+            k: The checkpoint that was asked last.
+            probability: The exit's own probability, ``[rows]``; NaN where it was not asked.
+            state: What the checkpoint showed of the rows.
+
+        Returns:
+            ``[rows]``; NaN where it is not known.
+        """
+        if self._fused is None or state.seen is None:
+            return probability
+        return self._fused.sureness(k, state.seen, probability)
+
+
+def _native(probe: _core.Probe) -> Callable[[Tensor], Tensor]:
+    """A packed probe as a function of states on the CPU."""
+
+    def risk(states: Tensor) -> Tensor:
+        return torch.from_numpy(probe.risk(*_in_place(states)))
+
+    return risk
+
+
+def _nothing(risk: FloatArray) -> CheckpointDecision:
+    """A decision in which nobody was asked."""
+    rows = len(risk)
+    return CheckpointDecision(
+        risk.copy(), np.full(rows, np.nan, np.float32), np.zeros(rows, np.bool_), 0
+    )
+
+
+def _merged(whole: CheckpointDecision, some: CheckpointDecision, here: Mask) -> CheckpointDecision:
+    """A decision with that of some rows put in."""
+    return CheckpointDecision(
+        np.where(here, some.risk, whole.risk),
+        np.where(here, some.confidence, whole.confidence),
+        np.where(here, some.try_exit, whole.try_exit),
+        whole.tries + some.tries,
+    )
 
 
 def _in_place(hidden: Tensor) -> tuple[npt.NDArray[Any], str]:
@@ -194,63 +342,3 @@ def _in_place(hidden: Tensor) -> tuple[npt.NDArray[Any], str]:
 
 def _mask(active: Mask | Tensor | None) -> Mask | None:
     return active.numpy(force=True) if isinstance(active, Tensor) else active
-
-
-def aim_thresholds(
-    config: CascadeConfig, risks: FloatArray, target_exit_rate: float | None = None
-) -> CascadeConfig:
-    """Thresholds at the quantiles of observed risks, for use without calibration.
-
-    Every checkpoint is aimed at the same share of all tokens. Exits that `min_probability` holds
-    back come off the rate.
-
-    Args:
-        config: The rules, whose thresholds are replaced.
-        risks: Risk of recent tokens at every checkpoint, ``[tokens, checkpoints]``.
-        target_exit_rate: Share of the tokens that are to leave; that of `config` by default.
-
-    Returns:
-        A configuration with other thresholds. No promise on quality goes with it.
-
-    Raises:
-        ConfigError: If there are no risks, their shape is another, or there is no rate.
-    """
-    if target_exit_rate is not None:
-        config = replace(config, target_exit_rate=target_exit_rate)
-    if config.target_exit_rate is None:
-        raise ConfigError("target_exit_rate is not set: give one.")
-    count = len(config.layers)
-    if risks.ndim != 2 or len(risks) == 0 or risks.shape[1] != count:
-        raise ConfigError(
-            f"risks must be [tokens, {count}] with at least one token, found shape {risks.shape}."
-        )
-    leaving = max(1, round(len(risks) * config.target_exit_rate / count))
-    risks = risks.astype(np.float32)
-    layers: list[LayerConfig] = []
-    state = CascadeState(np.zeros(len(risks), np.float32))
-    active = np.ones(len(risks), np.bool_)
-    most = 0.0
-    for k, layer in enumerate(config.layers):
-        most = layer.decay * most + layer.weight
-        risk = np.ascontiguousarray(risks[:, k])
-        needed = _needed_thresholds(layer, most, np.where(active, risk, np.nan), state)
-        if len(needed):
-            # A little more than exact, so that rounding does not hold the last one back.
-            threshold = float(needed[min(leaving, len(needed)) - 1]) * (1 + 1e-5)
-            layer = replace(layer, threshold=max(threshold, 0.0))
-        layers.append(layer)
-        so_far = CascadeController(replace(config, layers=layers))
-        active &= ~so_far.step_risk(k, risk, state, active).try_exit
-    return replace(config, layers=layers)
-
-
-def _needed_thresholds(
-    layer: LayerConfig, most: float, risk: FloatArray, state: CascadeState
-) -> npt.NDArray[np.float64]:
-    """The least threshold at which each row would try, ascending, of the rows that can."""
-    if layer.weight == 0:
-        return np.empty(0)
-    before = layer.decay * state.confidence.astype(np.float64)
-    missing = np.maximum((layer.exit_confidence * most - before) / layer.weight, 0)
-    can = np.isfinite(risk) & (missing < 1)
-    return np.sort(risk[can] / (1 - missing[can]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from sedac_hf.core.exit_cache import ExitCache, predecessor_visible, previous_states
 from sedac_hf.core.exit_check import check_step, hold_by, still_live
 from sedac_hf.core.exit_step import ExitStep
+from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.session import ExitSession
 
 if TYPE_CHECKING:
@@ -110,6 +111,7 @@ class ExitParts:
     probes: ProbeManager
     draft: DraftHead
     layout: ExitCache
+    gates: GateParts = field(default_factory=GateParts)
 
     def apply_head(
         self, k: int, hidden: Tensor, calls: list[LayerCall], cache: Any, feedback: Tensor | None
@@ -159,6 +161,7 @@ class DecodeLoop:
         session: ExitSession,
         attention_mask: Any = None,
         eligible: Mask | None = None,
+        tokens: Tensor | None = None,
     ) -> None:
         """Prepare one forward.
 
@@ -168,11 +171,13 @@ class DecodeLoop:
             attention_mask: As given to the base; tells where padding is.
             eligible: Rows that may leave in this step, which is then taken for a decode step even
                 if nothing came before it. None is the usual rule.
+            tokens: Ids that are read, `[rows, seq]`; None where embeddings were given.
         """
         self._parts = parts
         self._session = session
         self._mask = attention_mask
         self._eligible = eligible
+        self._tokens = tokens
 
     def __call__(self, hidden: Tensor, calls: list[LayerCall]) -> Tensor:
         """Run the layers.
@@ -255,15 +260,16 @@ class DecodeLoop:
         """The step; a watch may have it look at other rules, or hold back some exits."""
         session = self._session
         watch = session.watch
+        read = None if self._tokens is None else self._tokens[:, -1].cpu().numpy()
         if watch is None:
-            return ExitStep(self._parts, session, hidden, self._eligible)
+            return ExitStep(self._parts, session, hidden, self._eligible, tokens=read)
         rule = watch.look()
         # Settled exits are run on in any case.
         holds = rule is not None or not session.settles
         hold = hold_by(watch, session.live) if holds else None
         return ExitStep(
             self._parts, session, hidden, self._eligible,
-            rule=rule, hold=hold, follows=session.settles,
+            rule=rule, hold=hold, follows=session.settles, tokens=read,
         )  # fmt: skip
 
     def _check(self, step: ExitStep, hidden: Tensor) -> None:

@@ -13,6 +13,7 @@ from sedac_hf.core.decoder_loop import ExitParts, LayerPass
 from sedac_hf.core.draft_head import DraftHead
 from sedac_hf.core.exit_cache import ExitCache
 from sedac_hf.core.exit_heads import ExitBlock, ExitHead, ExitLens, build_exit_head
+from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.kv_fill import KVFill
 from sedac_hf.core.narrow_tail import NarrowTail
 from sedac_hf.core.support import module_device
@@ -44,6 +45,7 @@ class Assembly:
         probes: ProbeManager,
         draft_vocabulary: Tensor | None,
         channel_order: ChannelOrder | None = None,
+        gates: GateParts | None = None,
     ) -> None:
         """Assemble; reads no weights until `prepare`.
 
@@ -53,6 +55,7 @@ class Assembly:
             probes: Risk probes in the same order.
             draft_vocabulary: Token ids of the draft vocabulary, or None for the whole one.
             channel_order: The order of the MLPs' channels, for soft exits.
+            gates: Fusion weights and classes of tokens, where there are some.
         """
         narrow = None if channel_order is None else NarrowTail(shell, channel_order)
         first = min((head.layer_idx + 1 for head in heads), default=shell.num_layers)
@@ -66,6 +69,7 @@ class Assembly:
             probes=probes,
             draft=DraftHead(shell, draft_vocabulary),
             layout=ExitCache(shell.num_layers, heads),
+            gates=gates or GateParts(),
         )
         self.choices = PassChoices(self.parts)
 
@@ -112,7 +116,9 @@ class Assembly:
         if found is None:
             probes = self.parts.probes
             packed = [probes.native(k) for k in range(len(self.parts.heads))]
-            found = CascadeController(cascade, packed)
+            found = CascadeController(
+                cascade, packed, gates=self.parts.gates, modules=self.parts.probes
+            )
             # Verification tries many policies; keeping the last few is enough.
             if len(self._controllers) >= 8:
                 self._controllers = {}

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.core.cascade_state import StepContext
 from sedac_hf.core.session import StepRecord
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class ExitStep:
         hold: Callable[[Mask], Mask] | None = None,
         follows: bool = False,
         chance: Callable[[Tensor], npt.NDArray[np.float32]] | None = None,
+        tokens: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Begin a step.
 
@@ -64,6 +66,7 @@ class ExitStep:
                 risks there are wanted.
             chance: Largest probability that exit states `[rows, 1, width]` give to a word of the
                 draft vocabulary, `[rows, 1]`; None to ask the base's modules.
+            tokens: Ids of the tokens that are read in this step, `[rows]`; None if not known.
         """
         rows = hidden.shape[0]
         assert session.cascade is not None
@@ -74,7 +77,17 @@ class ExitStep:
         self.held = np.full(rows, -1, np.int64)
         self._held_exits: Tensor | None = None
         self._follows = follows
-        self._state = self._cascade.start(rows)
+        self._before = hidden[:, 0]
+        history = session.history_of(rows)
+        self._state = self._cascade.start(
+            rows,
+            StepContext(
+                before=self._before,
+                tokens=tokens,
+                uncertainty=None if history is None else history.uncertainty,
+                bonus=None if history is None else history.bonus,
+            ),
+        )
         self._active = np.ones(rows, np.bool_) if eligible is None else eligible.copy()
         self._gone = np.zeros(rows, np.bool_) if done is None else done.copy()
         self._active = self._active & ~self._gone
@@ -92,6 +105,7 @@ class ExitStep:
         tries = self._asks and self._ask(k, hidden)
         if self._held_exits is not None or (self._follows and self._exits is not None):
             self._follow(k, hidden)
+        self._before = hidden[:, 0]
         return tries
 
     def _ask(self, k: int, hidden: Tensor) -> bool:
@@ -106,7 +120,7 @@ class ExitStep:
 
     def _follow(self, k: int, hidden: Tensor) -> None:
         """Note the risks at checkpoint `k` of rows that need not be asked any more."""
-        found = risks_of(self._parts, self._cascade, k, hidden[:, 0])
+        found = risks_of(self._parts, self._cascade, k, hidden[:, 0], self._before)
         held = (self.held >= 0) & (self.held < k)
         left = (self.record.checkpoints >= 0) & (self.record.checkpoints < k)
         self.record.risks[held, k] = found[held]
@@ -115,12 +129,13 @@ class ExitStep:
     def leave(self, k: int, exit_states: Tensor) -> None:
         """Let the rows go that try at checkpoint `k` and whose exit is sure enough."""
         leaving = self._try
-        least = self._cascade.config.layers[k].min_probability
-        if least > 0:
+        least = self._cascade.least_probability(k, self._state)
+        if least is not None:
             # Only rows that try need logits.
             picked = exit_states[torch.from_numpy(leaving).to(exit_states.device)]
             probability = np.full(len(leaving), np.nan, np.float32)
             probability[leaving] = self._chance(picked)[:, 0]
+            probability = self._cascade.sureness(k, probability, self._state)
             self.record.probabilities[leaving, k] = probability[leaving]
             leaving = leaving & (probability >= least)
         if not leaving.any():
@@ -188,7 +203,7 @@ def checkpoint_decision(
     Returns:
         The decision; NaN risk and confidence, and no try, for rows that are not asked.
     """
-    if states.device.type == "cpu":
+    if states.device.type == "cpu" or cascade.fuses:
         return cascade.step(k, states, state, active)
     decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
     risk = np.where(active, decision.risk, np.float32(np.nan))
@@ -196,7 +211,11 @@ def checkpoint_decision(
 
 
 def risks_of(
-    parts: ExitParts, cascade: CascadeController, k: int, states: Tensor
+    parts: ExitParts,
+    cascade: CascadeController,
+    k: int,
+    states: Tensor,
+    before: Tensor | None = None,
 ) -> npt.NDArray[np.float32]:
     """Risk of each row at checkpoint `k`, whoever has left.
 
@@ -205,13 +224,14 @@ def risks_of(
         cascade: A cascade with the probes.
         k: Index of the checkpoint.
         states: Hidden states `[rows, width]`.
+        before: States of the same rows at the checkpoint before, or embeddings.
 
     Returns:
-        Risks, `[rows]`.
+        Risks, `[rows]`; NaN where they need states before and there are none.
     """
-    rows = states.shape[0]
-    everyone = np.ones(rows, np.bool_)
-    return checkpoint_decision(parts, cascade, k, states, cascade.start(rows), everyone).risk
+    if states.device.type == "cpu" or cascade.fuses:
+        return cascade.risks(k, states, before)
+    return np.asarray(parts.probes.risk(k, states).detach().cpu(), np.float32)
 
 
 def _put(rows: Mask, states: Tensor, into: Tensor | None) -> Tensor:

@@ -101,6 +101,14 @@ class LREProbe(nn.Module):
         """The same by a compiled program, up to rounding; by `forward` where torch has none."""
         return _compiled_risk(hidden, *self._weights())
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the probe sees of each state, ``[..., rank]``.
+
+        Args:
+            hidden: States, ``[..., width]``, any floating dtype.
+        """
+        return cast(Tensor, self.norm(self.project(hidden.to(self.project.weight.dtype))))
+
     def _weights(self) -> tuple[Any, ...]:
         norm = self.norm
         return (

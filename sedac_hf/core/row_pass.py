@@ -52,9 +52,7 @@ class Placement:
         Args:
             rows: Which, in ascending order.
         """
-        return Placement(
-            self.first[rows], self.length[rows], self.positions[rows], self.tree[rows]
-        )
+        return Placement(self.first[rows], self.length[rows], self.positions[rows], self.tree[rows])
 
     @property
     def nodes(self) -> int:

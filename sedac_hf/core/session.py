@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sedac_hf.core.draft_stats import DraftStats
+from sedac_hf.core.row_history import RowHistory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -301,6 +302,9 @@ class ExitSession:
         observers: Told of every step; the watch among them.
         watch: Says which rules act and which exits are held against full depth; None for nobody.
         live: Rows whose text went on at the last commit, `[rows]`; None for all.
+        history: How hard each row's text has been; None until it is known, and where rules do not
+            follow it.
+        keeps_rows: Whether a row stays the same text from step to step; beams do not.
     """
 
     owner: object
@@ -322,6 +326,8 @@ class ExitSession:
     observers: tuple[StepObserver, ...] = ()
     watch: ExitWatch | None = None
     live: npt.NDArray[np.bool_] | None = None
+    history: RowHistory | None = None
+    keeps_rows: bool = True
 
     @property
     def on_pass(self) -> bool:
@@ -368,6 +374,33 @@ class ExitSession:
             observer.observe(record, self.live)
         if self.watch is not None and self.cascade is not None:
             self.cascade = self.watch.cascade
+
+    @property
+    def follows_entropy(self) -> bool:
+        """Whether the rules follow what full depth says of a text, so that its logits are wanted."""
+        return self.cascade is not None and self.cascade.config.adaptive_decay is not None
+
+    def note(
+        self, record: StepRecord, logits: Tensor, rows: npt.NDArray[np.bool_] | None = None
+    ) -> None:
+        """Let the history see what a step said, where the rules follow it.
+
+        Args:
+            record: What the step decided.
+            logits: The logits of full depth where rows went there, `[rows, vocabulary]`.
+            rows: Rows that are meant, `[rows]`; None for all.
+        """
+        rule = None if self.cascade is None else self.cascade.config.adaptive_decay
+        if rule is None or not self.keeps_rows:
+            return
+        if self.history is None or self.history.rows != logits.shape[0]:
+            self.history = RowHistory(rule, logits.shape[0])
+        self.history.observe(record, logits, rows)
+
+    def history_of(self, rows: int) -> RowHistory | None:
+        """The history of a batch of `rows` rows, if it is known."""
+        history = self.history
+        return history if history is not None and history.rows == rows else None
 
     def end(self) -> None:
         """Tell the observers that the call is over."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.cache_names import cache_in
+from sedac_hf.core.cascade_state import StepContext
 from sedac_hf.core.decoder_loop import ExitParts
 from sedac_hf.core.exit_step import checkpoint_decision, top_probability
 from sedac_hf.core.recorded_pass import RecordedPass
@@ -74,11 +75,11 @@ def simulate(
         recorded = RecordedPass.record(parts, arguments)
         trace, states = settled_states(parts, cascade, recorded, arguments, eligible)
         logits = parts.shell.logits(states)
-    elif parts.layout.has_feedback:
+    elif goes_step_by_step(parts, cascade):
         trace, states = step_by_step(parts, cascade, arguments, eligible)
         logits = parts.shell.logits(states)
     else:
-        loop = SimulateLoop(parts, cascade, eligible)
+        loop = SimulateLoop(parts, cascade, eligible, arguments.get("input_ids"))
         logits = parts.shell.run(loop, **arguments).logits
         trace = loop.trace
     layers = cascade.config.layers
@@ -122,11 +123,22 @@ def settled_states(
         What each position did, and its state for the final norm, `[rows, seq, width]`.
     """
     parts = recorded.put_into(parts)
-    if parts.layout.has_feedback:
+    if goes_step_by_step(parts, cascade):
         return step_by_step(parts, cascade, arguments, eligible)
-    loop = SimulateLoop(parts, cascade, eligible)
+    recorded.span = slice(None)  # another cascade may have gone step by step
+    loop = SimulateLoop(parts, cascade, eligible, arguments.get("input_ids"))
     hidden, calls = parts.shell.prologue(**{**arguments, "use_cache": False})
     return loop.trace, loop(hidden, calls)
+
+
+def goes_step_by_step(parts: ExitParts, cascade: CascadeController) -> bool:
+    """Whether what a position does depends on what those before it did, beyond their K/V.
+
+    Args:
+        parts: What exits are made of.
+        cascade: Decides who leaves.
+    """
+    return parts.layout.has_feedback or cascade.config.adaptive_decay is not None
 
 
 def eligible_positions(
@@ -167,14 +179,22 @@ class SimulateLoop:
         trace: What each position did; arrays `[rows, seq]` and `[rows, seq, checkpoints]`.
     """
 
-    def __init__(self, parts: ExitParts, cascade: CascadeController, eligible: Mask) -> None:
+    def __init__(
+        self,
+        parts: ExitParts,
+        cascade: CascadeController,
+        eligible: Mask,
+        tokens: Tensor | None = None,
+    ) -> None:
         """Prepare one forward.
 
         Args:
             parts: What exits are made of.
             cascade: Decides who leaves.
             eligible: Positions that may leave, `[rows, seq]`.
+            tokens: Ids that are read, same shape; None where embeddings were given.
         """
+        self._tokens = None if tokens is None else tokens.reshape(-1).cpu().numpy()
         self._parts = parts
         self._cascade = cascade
         self._eligible = eligible
@@ -192,7 +212,8 @@ class SimulateLoop:
         """
         parts, trace = self._parts, self.trace
         rows, seq, _ = hidden.shape
-        state = self._cascade.start(rows * seq)
+        context = StepContext(before=hidden.reshape(rows * seq, -1), tokens=self._tokens)
+        self._state = state = self._cascade.start(rows * seq, context)
         active = self._eligible.copy()
         exits: Tensor | None = None
         left: Tensor | None = None
@@ -234,17 +255,17 @@ class SimulateLoop:
 
     def _sure_enough(self, k: int, found: Tensor, tries: Mask) -> Mask:
         """Those positions that try and whose exit gives some word enough probability."""
-        least = self._cascade.config.layers[k].min_probability
-        if least <= 0:
+        least = self._cascade.least_probability(k, self._state)
+        if least is None:
             return tries
         rows, columns = np.nonzero(tries)
         # Only positions that try need logits.
         picked = found[torch.from_numpy(rows), torch.from_numpy(columns)].unsqueeze(0)
-        probability = top_probability(self._parts, picked)[0]
-        self.trace.probabilities[rows, columns, k] = probability
-        leaving = tries.copy()
-        leaving[rows, columns] = probability >= least
-        return leaving
+        own = np.full(tries.shape, np.nan, np.float32)
+        own[rows, columns] = top_probability(self._parts, picked)[0]
+        sure = self._cascade.sureness(k, own.reshape(-1), self._state).reshape(tries.shape)
+        self.trace.probabilities[rows, columns, k] = sure[rows, columns]
+        return tries & (sure >= least.reshape(tries.shape))
 
 
 def _kept(keep: int | Tensor) -> Any:

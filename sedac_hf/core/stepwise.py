@@ -52,12 +52,20 @@ def step_by_step(
         step = {name: _positions(name, value, at, stop) for name, value in arguments.items()}
         step |= parts.shell.cached(cache)
         rule = None if at < first else eligible[:, at]
-        loop = DecodeLoop(parts, session, step.get("attention_mask", mask), rule)
+        read = step.get("input_ids")
+        loop = DecodeLoop(parts, session, step.get("attention_mask", mask), rule, read)
         if recorded is not None:
             recorded.span = slice(at, stop)
         found.append(loop(*parts.shell.prologue(**step)))
         if session.pending is not None:
             _take(trace, session.pending, at)
+        if cascade.config.adaptive_decay is not None and stop < seq:
+            record = session.pending or StepRecord.full_depth(
+                rows, parts.shell.num_layers, len(parts.heads)
+            )
+            # What came before the last position of a row's prompt is no part of its history.
+            seen = eligible[:, stop - 1] | eligible[:, stop]
+            session.note(record, parts.shell.logits(found[-1][:, -1:])[:, 0], seen)
         at = stop
     return trace, torch.cat(found, dim=1)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PerplexityResult",
     "as_documents",
+    "compared",
     "evaluate",
     "exits_act",
     "generation_prompt",
@@ -131,6 +132,34 @@ def paired_perplexity(
         exited = full
     if baseline is not None:
         full = score_documents(baseline, documents, None, exits="off", batch_tokens=batch_tokens)
+    return compared(model, documents, full, exited, resamples=resamples, seed=seed)
+
+
+def compared(
+    model: SedacForCausalLM,
+    documents: Sequence[Document],
+    full: DocumentScores,
+    exited: DocumentScores,
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PerplexityResult:
+    """Compare scores of the same documents with and without exits.
+
+    Args:
+        model: The wrapped model.
+        documents: The documents.
+        full: Their scores at full depth.
+        exited: Their scores with exits.
+        resamples: Bootstrap resamples over documents.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The result.
+
+    Raises:
+        CalibrationError: If no document has a token that the base can score.
+    """
     usable = np.flatnonzero((full.tokens > 0) & np.isfinite(full.nll))
     if not len(usable):
         raise CalibrationError(

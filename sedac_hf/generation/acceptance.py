@@ -61,7 +61,10 @@ def processors_by_row(processors: LogitsProcessorList) -> bool:
     """
     return all(
         getattr(each, "by_row", False) is True
-        or type(each).__module__ == logits_process.__name__ and type(each).__name__ not in _STATEFUL
+        or (
+            type(each).__module__ == logits_process.__name__
+            and type(each).__name__ not in _STATEFUL
+        )
         for each in processors
     )
 

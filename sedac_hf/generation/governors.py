@@ -88,9 +88,7 @@ class Governors:
                     costs = measure_passes(run, state, head.layer + 1, depth, clock)
                     tail = PassCosts(costs)
                 level = measure_level(head, state.rows, clock)
-                found = Governor(
-                    full, tail, level, width=width, rows=state.rows, hits=head.hits
-                )
+                found = Governor(full, tail, level, width=width, rows=state.rows, hits=head.hits)
             self._known[key] = found
             return found
 

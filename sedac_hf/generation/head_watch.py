@@ -14,9 +14,11 @@ from sedac_hf.core.cascade_config import CascadeConfig
 from sedac_hf.core.cascade_controller import CascadeController
 from sedac_hf.core.exit_check import judged
 from sedac_hf.core.exit_step import checkpoint_decision, top_probability
+from sedac_hf.core.probe_inference import ProbeManager
 
 if TYPE_CHECKING:
     from sedac_hf.core.cascade_controller import CheckpointDecision
+    from sedac_hf.core.cascade_state import CascadeState
     from sedac_hf.core.decoder_loop import ExitParts
     from sedac_hf.core.observers import ExitWatch
     from sedac_hf.core.row_pass import RowPass
@@ -27,7 +29,9 @@ __all__ = ["HeadWatch"]
 class HeadWatch:
     """Holds what one head says of verified tokens against the base's own states.
 
-    Only the head that drafts is run, so its checkpoint is judged as if it were the only one.
+    Only the head that drafts is run, so its checkpoint is judged as if it were the only one, by the
+    rules for all classes of tokens. Where its risk needs the states of the checkpoint before, which
+    a draft does not run, there is nothing to see.
     """
 
     def __init__(
@@ -49,8 +53,14 @@ class HeadWatch:
         self._count = len(rule.layers)
         self._layer = rule.layers[k]
         # A weight and no decay: what other checkpoints would have added is not known.
-        alone = CascadeConfig([replace(self._layer, decay=0.0)])
-        self._cascade = CascadeController(alone, [parts.probes.native(k)])
+        alone = CascadeConfig([replace(self._layer, decay=0.0)], fusion=rule.fusion)
+        self._cascade = CascadeController(
+            alone,
+            [parts.probes.native(k)],
+            gates=parts.gates.only(k),
+            modules=ProbeManager([parts.probes.probes[k]]),
+        )
+        self._blind = self._cascade.needs_before(0)
 
     def see(
         self, hidden: Tensor, exits: Tensor, finals: Tensor, valid: npt.NDArray[np.bool_]
@@ -63,20 +73,21 @@ class HeadWatch:
             finals: The base's own after the last layer, same shape.
             valid: Which of them are meant, `[rows, n]`.
         """
-        if not valid.any():
+        if self._blind or not valid.any():
             return
         where = torch.from_numpy(valid)
         states = hidden[where.to(hidden.device)]
         exits, finals = exits[where.to(exits.device)], finals[where.to(finals.device)]
-        decision = self._decide(states)
+        state = self._cascade.start(states.shape[0])
+        decision = self._decide(states, state)
         leaving = decision.try_exit
-        least = self._layer.min_probability
-        if least > 0 and leaving.any():
-            sure = np.zeros(len(leaving), np.bool_)
+        least = self._cascade.least_probability(0, state)
+        if least is not None and leaving.any():
+            own = np.full(len(leaving), np.nan, np.float32)
             picked = exits[torch.from_numpy(leaving).to(exits.device)].unsqueeze(1)
             picked = picked.to(self._parts.shell.base.dtype)
-            sure[leaving] = top_probability(self._parts, picked)[:, 0] >= least
-            leaving = leaving & sure
+            own[leaving] = top_probability(self._parts, picked)[:, 0]
+            leaving = leaving & (self._cascade.sureness(0, own, state) >= least)
         self._watch.verified(self._k, decision.risk)
         rows = self._watch.pick(leaving, runs_on=False)
         if rows.any():
@@ -109,12 +120,10 @@ class HeadWatch:
             )
         )
 
-    def _decide(self, states: Tensor) -> CheckpointDecision:
+    def _decide(self, states: Tensor, state: CascadeState) -> CheckpointDecision:
         """Risks and tries of states at the checkpoint."""
         parts = self._parts
-        rows = states.shape[0]
-        everyone = np.ones(rows, np.bool_)
-        start = self._cascade.start(rows)
-        if states.device.type == "cpu":
-            return checkpoint_decision(parts, self._cascade, 0, states, start, everyone)
-        return self._cascade.step_risk(0, parts.probes.risk(self._k, states), start, everyone)
+        everyone = np.ones(states.shape[0], np.bool_)
+        if states.device.type == "cpu" or self._cascade.fuses:
+            return checkpoint_decision(parts, self._cascade, 0, states, state, everyone)
+        return self._cascade.step_risk(0, parts.probes.risk(self._k, states), state, everyone)

@@ -64,6 +64,7 @@ class SedacLogitsProcessor(LogitsProcessor):
             if meter is not None and new.shape[1]:
                 meter.release(new[:, -1], going[:, -2])
         record = session.commit(scores.shape[0], self._num_layers, self._num_checkpoints, live)
+        session.note(record, scores)
         if meter is not None:
             meter.hold(record)
         scaled = scale_exits(scores, record.checkpoints, self._temperatures)

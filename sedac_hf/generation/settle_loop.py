@@ -132,7 +132,7 @@ class SettleLoop:
         if self._rests:
             self._run.rest(self._texts.done)
         output, record = self._step(acts)
-        if self._chooser.takes_best(self._texts):
+        if self._chooser.takes_best(self._texts) and not self._session.follows_entropy:
             self._say(self._run.best(output)[0][:, 0], output, record)
         else:
             self._choose(self._run.logits(output)[:, 0], record)
@@ -198,6 +198,7 @@ class SettleLoop:
         step = ExitStep(
             self._parts, self._session, hidden, None, self._texts.done,
             rule=rule, hold=hold, follows=self._watch is not None, chance=self._chance,
+            tokens=self._tokens,
         )  # fmt: skip
         return step, rule is not None
 
@@ -216,6 +217,7 @@ class SettleLoop:
     def _choose(self, logits: Tensor, record: StepRecord) -> None:
         """Draw the next token of every row that goes on, and commit the step."""
         going = self._commit(record)
+        self._session.note(record, logits)
         scores = scale_exits(logits.float(), record.checkpoints, self._temperatures)
         rows = np.flatnonzero(going).tolist()
         self._tokens[rows] = self._chooser.choose(self._texts, rows, scores[rows])

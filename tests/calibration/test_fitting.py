@@ -10,8 +10,10 @@ import torch
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings
 from sedac_hf.calibration.fit_stages import default_checkpoints
 from sedac_hf.calibration.fitting import fit
+from sedac_hf.calibration.pareto import Policy
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.errors import CalibrationError
+from sedac_hf.evaluation.ablation import fitted_variants
 from sedac_hf.modeling import SedacForCausalLM
 from tests.micro_model import MicroModel
 
@@ -58,9 +60,37 @@ def test_heads_learn_and_gates_tell_easy_from_hard(
     # Free words have one sure winner in no distribution: agreement is bounded by the language.
     assert report.heads[-1].agreement > 0.6
     assert report.heads[-1].agreement >= report.heads[0].agreement - 0.05
-    assert {gate.gate for gate in report.gates} == {"entropy", "divergence", "probability"}
+    assert {gate.gate for gate in report.gates} >= {
+        "entropy", "divergence", "probability", "static risk", "static",
+    }  # fmt: skip
     best = max(gate.auroc for gate in report.gates)
     assert best > 0.75
+
+
+def test_parts_of_the_gates_are_judged_and_those_that_pay_are_used(
+    fitted: tuple[Path, SedacForCausalLM, FitReport], micro_model: MicroModel
+) -> None:
+    output, model, report = fitted
+    asked = {(r.layer_idx, r.gate, r.modality) for r in report.modalities}
+    for layer in (1, 3):
+        assert {(layer, "risk", "consistency"), (layer, "sureness", "entropy")} <= asked
+    for each in report.modalities:
+        assert each.kept == (each.worth > each.cost)
+    rows = {row["name"]: row for row in report.ablation}
+    assert {"entropy alone", "entropy alone, decay on"} & rows.keys()
+    chosen = [row for row in rows.values() if row["chosen"]]
+    assert len(chosen) == 1
+    assert all(chosen[0]["judged_cost"] <= row["judged_cost"] + 0.002 for row in rows.values())
+    if model.cascade is not None:
+        options = Policy.from_dict(chosen[0]["policy"]).cascade
+        for name in ("fusion", "adaptive_decay", "routes"):
+            assert getattr(model.cascade, name) == getattr(options, name)
+    again = SedacForCausalLM.from_pretrained(output, base_model=micro_model.model)
+    assert [row.name for row in fitted_variants(again)] == list(rows)
+    assert again.gates.to_tensors().keys() == model.gates.to_tensors().keys()
+    card = (output / "README.md").read_text()
+    assert "Variants of the gates" in card
+    assert "| entropy alone |" in card
 
 
 def test_what_is_deployed_is_what_the_certificate_says(

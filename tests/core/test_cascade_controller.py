@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sedac_hf.core.aiming import aim_thresholds
 from sedac_hf.core.cascade_controller import (
     CascadeConfig,
     CascadeController,
     LayerConfig,
-    aim_thresholds,
 )
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.errors import ConfigError, SedacError

@@ -94,5 +94,3 @@ def test_a_cache_that_is_handed_back_holds_every_row(llama, monkeypatch):
         prompt(3, 6), sedac_mode="plain", eos_token_id=None, return_dict_in_generate=True, **GIVEN
     )
     assert out.past_key_values.get_seq_length() == 6 + GIVEN["max_new_tokens"] - 1
-
-

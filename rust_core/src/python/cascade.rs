@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadwriteArray1};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use super::arrays::{Hidden, slice, slice_mut};
 use super::probe::Probe;
-use crate::cascade::{self, Outcome};
+use crate::cascade::{self, Outcome, RowDecays};
 use crate::error::Result;
 
 /// Multiply-adds from which a step releases the interpreter, a few microseconds: below, taking it
@@ -58,7 +59,8 @@ impl Cascade {
     }
 
     /// One checkpoint, fused: probe, accumulate (into `confidence`), decide.
-    #[pyo3(signature = (k, hidden, dtype, confidence, active = None))]
+    #[pyo3(signature = (k, hidden, dtype, confidence, active = None, gamma = None, most = None))]
+    #[allow(clippy::too_many_arguments)]
     fn step<'py>(
         &self,
         py: Python<'py>,
@@ -67,18 +69,22 @@ impl Cascade {
         dtype: &str,
         confidence: PyReadwriteArray1<'py, f32>,
         active: Option<PyReadonlyArray1<'py, bool>>,
+        gamma: Option<PyReadonlyArray1<'py, f32>>,
+        most: Option<PyReadwriteArray1<'py, f32>>,
     ) -> PyResult<Decision<'py>> {
         let hidden = Hidden::borrow(hidden, dtype)?;
         let rows = hidden.rows()?;
         let detach = self.0.work(k, rows.len()) >= DETACH_WORK;
         let risk = vec![0.0; rows.len()];
-        decided(py, detach, risk, confidence, active, |confidence, active, outcome| {
-            self.0.step(k, &rows, confidence, active, outcome)
+        let given = Given { confidence, active, gamma, most };
+        decided(py, detach, risk, given, |confidence, active, decays, outcome| {
+            self.0.step(k, &rows, confidence, active, decays, outcome)
         })
     }
 
     /// The same from risks that are already known.
-    #[pyo3(signature = (k, risk, confidence, active = None))]
+    #[pyo3(signature = (k, risk, confidence, active = None, gamma = None, most = None))]
+    #[allow(clippy::too_many_arguments)]
     fn step_risk<'py>(
         &self,
         py: Python<'py>,
@@ -86,11 +92,14 @@ impl Cascade {
         risk: PyReadonlyArray1<'py, f32>,
         confidence: PyReadwriteArray1<'py, f32>,
         active: Option<PyReadonlyArray1<'py, bool>>,
+        gamma: Option<PyReadonlyArray1<'py, f32>>,
+        most: Option<PyReadwriteArray1<'py, f32>>,
     ) -> PyResult<Decision<'py>> {
         let risk = slice(&risk, "risk")?.to_vec();
         let detach = risk.len() >= DETACH_ROWS;
-        decided(py, detach, risk, confidence, active, |confidence, active, outcome| {
-            self.0.step_risk(k, confidence, active, outcome)
+        let given = Given { confidence, active, gamma, most };
+        decided(py, detach, risk, given, |confidence, active, decays, outcome| {
+            self.0.step_risk(k, confidence, active, decays, outcome)
         })
     }
 
@@ -100,33 +109,53 @@ impl Cascade {
     }
 }
 
+/// What Python knows of the rows of a step.
+struct Given<'py> {
+    confidence: PyReadwriteArray1<'py, f32>,
+    active: Option<PyReadonlyArray1<'py, bool>>,
+    gamma: Option<PyReadonlyArray1<'py, f32>>,
+    most: Option<PyReadwriteArray1<'py, f32>>,
+}
+
 /// Runs a step and hands its outcome to Python.
 fn decided<'py>(
     py: Python<'py>,
     detach: bool,
     mut risk: Vec<f32>,
-    mut confidence: PyReadwriteArray1<'py, f32>,
-    active: Option<PyReadonlyArray1<'py, bool>>,
-    step: impl FnOnce(&mut [f32], &[bool], &mut Outcome<'_>) -> Result<usize> + Send,
+    mut given: Given<'py>,
+    step: impl FnOnce(
+        &mut [f32],
+        &[bool],
+        Option<RowDecays<'_>>,
+        &mut Outcome<'_>,
+    ) -> Result<usize>
+    + Send,
 ) -> PyResult<Decision<'py>> {
     let rows = risk.len();
-    let confidence = slice_mut(&mut confidence, "confidence")?;
+    let confidence = slice_mut(&mut given.confidence, "confidence")?;
     let everyone;
-    let active = match &active {
+    let active = match &given.active {
         Some(active) => slice(active, "active")?,
         None => {
             everyone = vec![true; rows];
             &everyone
         }
     };
+    let decays = match (&given.gamma, &mut given.most) {
+        (Some(gamma), Some(most)) => {
+            Some(RowDecays { gamma: slice(gamma, "gamma")?, most: slice_mut(most, "most")? })
+        }
+        (None, None) => None,
+        _ => return Err(PyValueError::new_err("gamma and most belong together: give both")),
+    };
     let mut normalised = vec![0.0; rows];
     let mut try_exit = vec![false; rows];
     let mut outcome =
         Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
     let tries = if detach {
-        py.detach(|| step(confidence, active, &mut outcome))?
+        py.detach(|| step(confidence, active, decays, &mut outcome))?
     } else {
-        step(confidence, active, &mut outcome)?
+        step(confidence, active, decays, &mut outcome)?
     };
     Ok((
         PyArray1::from_vec(py, risk),

@@ -6,10 +6,15 @@ use pyo3::types::PyDict;
 
 use super::arrays::{slice, table};
 use crate::error::{Result, check_length};
-use crate::replay::{Policies, Traces, replay as run_policies};
+use crate::replay::{History, Policies, Traces, replay as run_policies, replay_adaptive};
 
-/// Replays many policies over recorded traces.
+/// Replays many policies over recorded traces; with `history` (entropy by token, scale, bonus,
+/// momentum) their decays follow each document.
 #[pyfunction]
+#[pyo3(signature = (
+    risk, probability, delta_nll, eligible, doc_offsets,
+    tau, weight, gamma, exit_confidence, min_probability, history = None,
+))]
 #[allow(clippy::too_many_arguments)]
 pub(super) fn replay<'py>(
     py: Python<'py>,
@@ -23,6 +28,7 @@ pub(super) fn replay<'py>(
     gamma: PyReadonlyArray2<'py, f32>,
     exit_confidence: PyReadonlyArray2<'py, f32>,
     min_probability: PyReadonlyArray2<'py, f32>,
+    history: Option<(PyReadonlyArray1<'py, f32>, f32, f32, f32)>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let (tau, [count, checkpoints]) = table(&tau, "tau")?;
     let eligible = slice(&eligible, "eligible")?;
@@ -44,7 +50,14 @@ pub(super) fn replay<'py>(
         exit_confidence: rule(&exit_confidence, "exit_confidence")?,
         min_probability: rule(&min_probability, "min_probability")?,
     };
-    let found = py.detach(|| run_policies(&traces, &policies))?;
+    let found = match &history {
+        None => py.detach(|| run_policies(&traces, &policies))?,
+        Some((entropy, scale, bonus, momentum)) => {
+            let entropy = slice(entropy, "entropy")?;
+            let history = History { entropy, scale: *scale, bonus: *bonus, momentum: *momentum };
+            py.detach(|| replay_adaptive(&traces, &policies, &history))?
+        }
+    };
     let documents = traces.doc_offsets.len().saturating_sub(1);
     let result = PyDict::new(py);
     let doc_delta = PyArray1::from_vec(py, found.doc_delta).reshape([count, documents])?;

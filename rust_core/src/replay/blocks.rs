@@ -34,20 +34,7 @@ pub(super) struct Blocks {
 
 impl Blocks {
     pub(super) fn new(traces: &Traces<'_>, checkpoints: usize) -> Result<Self> {
-        let tokens = traces.eligible.len();
-        for (name, values) in [
-            ("risk", traces.risk),
-            ("probability", traces.probability),
-            ("delta_nll", traces.delta_nll),
-        ] {
-            check_length(
-                name,
-                values.len(),
-                tokens.saturating_mul(checkpoints),
-                "tokens x checkpoints",
-            )?;
-        }
-        let bounds = document_bounds(traces.doc_offsets, tokens)?;
+        let bounds = checked_bounds(traces, checkpoints)?;
         let mut blocks = Vec::new();
         let mut members: Vec<usize> = Vec::new();
         let mut groups = 0;
@@ -115,6 +102,23 @@ impl Blocks {
             }
         }
     }
+}
+
+/// First and last token of every document, after a check of everything's length.
+pub(super) fn checked_bounds(
+    traces: &Traces<'_>,
+    checkpoints: usize,
+) -> Result<Vec<(usize, usize)>> {
+    let tokens = traces.eligible.len();
+    for (name, values) in [
+        ("risk", traces.risk),
+        ("probability", traces.probability),
+        ("delta_nll", traces.delta_nll),
+    ] {
+        let expected = tokens.saturating_mul(checkpoints);
+        check_length(name, values.len(), expected, "tokens x checkpoints")?;
+    }
+    document_bounds(traces.doc_offsets, tokens)
 }
 
 /// First and last token of every document, checked.

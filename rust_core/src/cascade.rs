@@ -325,7 +325,9 @@ mod tests {
         let mut outcome =
             Outcome { risk: &mut risk, normalised: &mut normalised, try_exit: &mut try_exit };
         let short = RowDecays { gamma: &[0.8], most: &mut most };
-        assert!(two().step_risk(1, &mut confidence, &[true; 3], Some(short), &mut outcome).is_err());
+        assert!(
+            two().step_risk(1, &mut confidence, &[true; 3], Some(short), &mut outcome).is_err()
+        );
     }
 
     #[test]

@@ -169,7 +169,7 @@ class AttentionEntropyEstimator:
         # Keys that are masked have weight 0 and count for nothing; a lone key is no spread.
         entropy = -torch.special.xlogy(weights, weights).sum(-1)
         keys = (weights > 0).sum(-1).clamp_min(2).to(weights.dtype)
-        return (entropy / keys.log()).mean(-1)
+        return cast(Tensor, (entropy / keys.log()).mean(-1))
 
 
 class TokenConsistencyEstimator:

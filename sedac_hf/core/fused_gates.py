@@ -221,14 +221,23 @@ def _accumulator(
     for at, name in enumerate(MODALITIES):
         if weights.weights[at] > 0:
             threshold = float(weights.thresholds[at])
-            made: dict[str, Callable[[], Estimator]] = {
-                "entropy": lambda t=threshold: EntropyProbeEstimator(probe, t, native=native),
-                "consistency": lambda t=threshold: TokenConsistencyEstimator(t),
-                "attention": lambda t=threshold: AttentionEntropyEstimator(t),
-                "perplexity": lambda t=threshold: PerplexityEstimator(width, 2, t),
-            }
-            found.add_estimator(made[name](), float(weights.weights[at]))
+            found.add_estimator(
+                _estimator(name, threshold, probe, native), float(weights.weights[at])
+            )
     return found
+
+
+def _estimator(
+    name: str, threshold: float, probe: LREProbe, native: Callable[[Tensor], Tensor] | None
+) -> Estimator:
+    """The estimator of a modality."""
+    if name == "entropy":
+        return EntropyProbeEstimator(probe, threshold, native=native)
+    if name == "consistency":
+        return TokenConsistencyEstimator(threshold)
+    if name == "attention":
+        return AttentionEntropyEstimator(threshold)
+    return PerplexityEstimator(probe.project.in_features, 2, threshold)
 
 
 def _host(values: Tensor) -> FloatArray:
@@ -278,8 +287,10 @@ def fusion_from_tensors(
             own = {n.removeprefix(prefix): left.pop(n) for n in list(left) if n.startswith(prefix)}
             if missing := sorted({"thresholds", "weights"} - own.keys()):
                 raise ConfigError(f"tensor {prefix + missing[0]!r} is missing.")
-            arrays = [own.pop(name).float().numpy() for name in ("thresholds", "weights")]
-            gates[gate] = GateWeights(*arrays, _network(prefix, own))
+            thresholds, weights = (
+                own.pop(name).float().numpy() for name in ("thresholds", "weights")
+            )
+            gates[gate] = GateWeights(thresholds, weights, _network(prefix, own))
         found.append(CheckpointFusion(**gates))
     if left:
         raise ConfigError(f"tensors of fusion have no place: {sorted(left)}.")

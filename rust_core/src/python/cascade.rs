@@ -123,12 +123,7 @@ fn decided<'py>(
     detach: bool,
     mut risk: Vec<f32>,
     mut given: Given<'py>,
-    step: impl FnOnce(
-        &mut [f32],
-        &[bool],
-        Option<RowDecays<'_>>,
-        &mut Outcome<'_>,
-    ) -> Result<usize>
+    step: impl FnOnce(&mut [f32], &[bool], Option<RowDecays<'_>>, &mut Outcome<'_>) -> Result<usize>
     + Send,
 ) -> PyResult<Decision<'py>> {
     let rows = risk.len();

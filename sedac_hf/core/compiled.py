@@ -1,7 +1,7 @@
 """Functions that torch compiles where it can, for states on an accelerator.
 
-On a CPU the Rust core does this work; elsewhere a probe is half a dozen small kernels, whose launches
-cost more than their arithmetic. Compiled they are one or two.
+On a CPU the Rust core does this work; elsewhere a probe is half a dozen small kernels, whose
+launches cost more than their arithmetic. Compiled they are one or two.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ class ProbeGraphs:
         """
         if device.type != "cuda" or not torch.cuda.is_available():
             raise ConfigError(
-                f"CUDA graphs need a CUDA device; the probes are on {str(device)!r}. Move the model "
-                "there first, or do without: probes on other devices need no graphs."
+                f"CUDA graphs need a CUDA device; the probes are on {str(device)!r}. Move the "
+                "model there first, or do without: probes on other devices need no graphs."
             )
         if rows < 1:
             raise ConfigError(f"a batch needs at least one row, found {rows}")

@@ -377,7 +377,7 @@ class ExitSession:
 
     @property
     def follows_entropy(self) -> bool:
-        """Whether the rules follow what full depth says of a text, so that its logits are wanted."""
+        """Whether the rules follow the entropy of full depth, so that its logits are wanted."""
         return self.cascade is not None and self.cascade.config.adaptive_decay is not None
 
     def note(

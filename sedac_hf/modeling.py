@@ -18,10 +18,11 @@ from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.decoder_loop import DecodeLoop
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, build_heads, check_modules
+from sedac_hf.core.exit_stats import ExitStats
 from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.probe_inference import ProbeManager
 from sedac_hf.core.self_check import self_check as check_shell
-from sedac_hf.core.session import ExitSession, ExitStats, active_session, session_scope
+from sedac_hf.core.session import ExitSession, active_session, session_scope
 from sedac_hf.core.simulate import simulate
 from sedac_hf.core.soft_loop import SoftLoop
 from sedac_hf.core.support import check_supported, unwrap_adapter

@@ -17,9 +17,10 @@ from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
 from sedac_hf.core.channel_order import ChannelOrder
 from sedac_hf.core.exit_heads import ExitHead
 from sedac_hf.core.exit_parts import Assembly, check_cascade
+from sedac_hf.core.exit_stats import ExitStats
 from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.probe_inference import ProbeManager
-from sedac_hf.core.session import ExitSession, ExitStats
+from sedac_hf.core.session import ExitSession
 from sedac_hf.errors import ModeError
 from sedac_hf.metrics.attachment import Measured
 

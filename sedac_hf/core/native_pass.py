@@ -298,66 +298,35 @@ class NativePass:
         parts: NativeParts,
         counts: IntArray | None = None,
     ) -> Tensor:
-        if self._going is not None:
-            return self._run_some(stack, part, hidden, feedback, at, span, parts, counts)
-        return self._run_rows(stack, part, hidden, feedback, at, span, parts, None, counts)
-
-    def _run_some(
-        self,
-        stack: _core.LayerStack,
-        part: int,
-        hidden: Tensor,
-        feedback: Tensor | None,
-        at: Placement,
-        span: tuple[int, int | None],
-        parts: NativeParts,
-        counts: IntArray | None,
-    ) -> Tensor:
-        """The rows that still go on; zeros for the others."""
-        going = self._going
-        assert going is not None
-        found = torch.zeros(hidden.shape, dtype=torch.float32)
-        if len(going):
-            some = torch.from_numpy(going)
-            given = None if feedback is None else feedback[some]
+        shape, rows = hidden.shape, self._going
+        if rows is not None:
+            some = torch.from_numpy(rows)
+            hidden, at = hidden[some], at.of(rows)
+            feedback = None if feedback is None else feedback[some]
             if counts is not None:
-                by_row = counts.reshape(len(counts), len(hidden), -1)[:, going]
+                by_row = counts.reshape(len(counts), shape[0], -1)[:, rows]
                 counts = np.ascontiguousarray(by_row.reshape(len(counts), -1))
-            found[some] = self._run_rows(
-                stack, part, hidden[some], given, at.of(going), span, parts, going, counts
-            )
-        return found
-
-    def _run_rows(
-        self,
-        stack: _core.LayerStack,
-        part: int,
-        hidden: Tensor,
-        feedback: Tensor | None,
-        at: Placement,
-        span: tuple[int, int | None],
-        parts: NativeParts,
-        rows: IntArray | None,
-        counts: IntArray | None,
-    ) -> Tensor:
-        width = hidden.shape[-1]
         # The core writes over what it is given.
-        states = hidden.detach().to(torch.float32, copy=True).reshape(-1, width).contiguous()
-        given = None if feedback is None else _flat(feedback)
-        stack.run(
-            self._cache(part),
-            states.numpy(),
-            given,
-            np.ascontiguousarray(at.first, np.int64),
-            np.ascontiguousarray(at.length, np.int64),
-            at.tree,
-            parts.rotary.rows(at.positions),
-            *span,
-            threads(),
-            rows,
-            counts,
-        )
-        return states.view(hidden.shape)
+        states = hidden.detach().to(torch.float32, copy=True).reshape(-1, shape[-1]).contiguous()
+        if len(states):
+            stack.run(
+                self._cache(part),
+                states.numpy(),
+                None if feedback is None else _flat(feedback),
+                np.ascontiguousarray(at.first, np.int64),
+                np.ascontiguousarray(at.length, np.int64),
+                at.tree,
+                parts.rotary.rows(at.positions),
+                *span,
+                threads(),
+                rows,
+                counts,
+            )
+        if rows is None:
+            return states.view(shape)
+        found = torch.zeros(shape)
+        found[some] = states.view(hidden.shape)
+        return found
 
     def _cache(self, part: int) -> _core.KvCache:
         cache = self._caches[part + 1] if part + 1 < len(self._caches) else None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sedac_hf.core.session import ExitStats
+from sedac_hf.core.exit_stats import ExitStats
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.intervals import bootstrap_median
 

@@ -10,7 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sedac_hf.core.session import ExitSession, ExitStats, StepRecord
+from sedac_hf.core.exit_stats import ExitStats
+from sedac_hf.core.session import ExitSession, StepRecord
 from sedac_hf.generation.row_ends import rows_going
 
 if TYPE_CHECKING:

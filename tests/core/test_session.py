@@ -8,7 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from sedac_hf.core.session import ExitSession, ExitStats, StepRecord, active_session, session_scope
+from sedac_hf.core.exit_stats import ExitStats
+from sedac_hf.core.session import ExitSession, StepRecord, active_session, session_scope
 
 
 def test_a_session_is_seen_by_its_owner_in_its_thread_only() -> None:

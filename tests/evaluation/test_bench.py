@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sedac_hf.core.session import ExitStats
+from sedac_hf.core.exit_stats import ExitStats
 from sedac_hf.errors import CalibrationError, ConfigError, ModeError
 from sedac_hf.evaluation import benchmark
 from sedac_hf.evaluation.arms import Arm, base_arm, make_batches, mode_arm

@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
 from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
-from sedac_hf.core.session import ExitSession, ExitStats, StepRecord, session_scope
+from sedac_hf.core.exit_stats import ExitStats
+from sedac_hf.core.session import ExitSession, StepRecord, session_scope
 from sedac_hf.generation.finish import finish_generation
 from sedac_hf.generation.logits_processor import SedacLogitsProcessor, scale_exits
 from tests.wrapping import rule, wrap

@@ -196,7 +196,7 @@ def _evidence(
     traces, use = split.traces, split.traces.eligible
     inputs, _ = probe_inputs(head, states, split.rows)
     with torch.no_grad():
-        features = torch.cat([probe.features(part) for part in inputs.split(_CHUNK)])
+        features = torch.cat([probe.features(part) for part in torch.split(inputs, _CHUNK)])
     with np.errstate(divide="ignore"):
         surprise = -np.log(traces.probability[use, k])
     return Evidence(

@@ -125,8 +125,8 @@ class CascadeController:
 
     def _core_of(self, thresholds: npt.NDArray[Any], probes: list[_core.Probe]) -> _core.Cascade:
         names = ("weight", "decay", "exit_confidence")
-        rules = [self.config.array(name) for name in names]
-        return _core.Cascade(thresholds.astype(np.float32), *rules, probes)
+        weight, decay, exit_confidence = (self.config.array(name) for name in names)
+        return _core.Cascade(thresholds.astype(np.float32), weight, decay, exit_confidence, probes)
 
     @property
     def num_checkpoints(self) -> int:

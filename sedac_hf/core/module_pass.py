@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.decoder_loop import ExitParts, LayerPass
     from sedac_hf.core.narrow_tail import KeptChannels
-    from sedac_hf.core.row_pass import Mask, Placement
+    from sedac_hf.core.row_pass import Placement
     from sedac_hf.core.stand_ins import LayerCall
 
 __all__ = ["ModulePass", "cache_fits", "layer_windows", "readable_layers"]

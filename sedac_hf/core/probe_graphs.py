@@ -55,7 +55,7 @@ class ProbeGraphs:
             states = torch.zeros(rows, width, dtype=dtype, device=device)
             with torch.no_grad():
                 # Libraries set themselves up at the first calls, which must not be captured.
-                side = torch.cuda.Stream(device)
+                side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
                 side.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(side):
                     for _ in range(3):

@@ -46,7 +46,8 @@ class RowHistory:
     @property
     def uncertainty(self) -> FloatArray:
         """Running entropy as a share of the rule's scale, in [0, 1], `[rows]`; 0 at first."""
-        return np.clip(self._entropy / np.float32(self._rule.scale), 0, 1).astype(np.float32)
+        share = np.clip(self._entropy / np.float32(self._rule.scale), 0, 1)
+        return np.asarray(share, np.float32)
 
     @property
     def bonus(self) -> FloatArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.cascade_state import CascadeState
     from sedac_hf.core.decoder_loop import ExitParts
     from sedac_hf.core.observers import ExitWatch
+    from sedac_hf.core.probe_inference import LREProbe
     from sedac_hf.core.row_pass import RowPass
 
 __all__ = ["HeadWatch"]
@@ -58,7 +59,7 @@ class HeadWatch:
             alone,
             [parts.probes.native(k)],
             gates=parts.gates.only(k),
-            modules=ProbeManager([parts.probes.probes[k]]),
+            modules=ProbeManager([cast("LREProbe", parts.probes.probes[k])]),
         )
         self._blind = self._cascade.needs_before(0)
 

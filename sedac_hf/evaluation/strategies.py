@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 
 __all__ = ["POINTS", "OperatingPoint", "operating_points", "strategy_curves"]
 
-# Share of the tokens that are sure, and steepness.
+# Share of the tokens that are sure, steepness, and the confidence that is sure enough: from a half
+# on a soft exit skips at least half of the MLPs, from less on the least sure tokens skip little.
 POINTS: Final = (
-    (0.1, DEFAULT_STEEPNESS),
-    (0.3, DEFAULT_STEEPNESS),
-    (0.6, DEFAULT_STEEPNESS),
-    (0.6, 2.0),
+    (0.1, DEFAULT_STEEPNESS, 0.5),
+    (0.3, DEFAULT_STEEPNESS, 0.5),
+    (0.3, DEFAULT_STEEPNESS, 0.2),
+    (0.6, DEFAULT_STEEPNESS, 0.2),
 )
 # Tokens of one forward that says risks.
 _BATCH_TOKENS: Final = 1024
@@ -61,7 +62,7 @@ class OperatingPoint:
 def operating_points(
     model: SedacForCausalLM,
     documents: Sequence[Document],
-    points: Sequence[tuple[float, float]] = POINTS,
+    points: Sequence[tuple[float, float, float]] = POINTS,
 ) -> list[OperatingPoint]:
     """Rules of every strategy under which the same shares of tokens are sure.
 
@@ -71,8 +72,8 @@ def operating_points(
     Args:
         model: The wrapped model; it has an order of channels.
         documents: Documents that thresholds are aimed with, other than those measured on.
-        points: Share of the tokens that are sure, in (0, 1), and steepness. For hard exits, which
-            have no steepness, each share counts once.
+        points: Share of the tokens that are sure, in (0, 1), steepness, and the confidence from
+            which a token is sure, in [0, 1). For hard exits each share counts once.
 
     Returns:
         The points, strategy by strategy.
@@ -89,17 +90,17 @@ def operating_points(
         found.append(OperatingPoint("own rules", model.cascade, None))
     for strategy in STRATEGIES:
         seen = set()
-        for target, steepness in points:
+        for target, steepness, enough in points:
             if strategy == "hard" and target in seen:
                 continue
             seen.add(target)
-            # Confidence is a half where the risk is half the threshold.
-            threshold = 2.0 * float(np.quantile(risks, target)) * (1 + 1e-5)
-            last = replace(closed[-1], threshold=threshold, decay=0.0, exit_confidence=0.5)
+            # Confidence is 1 - risk / threshold.
+            threshold = float(np.quantile(risks, target)) / (1 - enough) * (1 + 1e-5)
+            last = replace(closed[-1], threshold=threshold, decay=0.0, exit_confidence=enough)
             last = replace(last, min_probability=gate)
             rules = CascadeConfig([*closed[:-1], last], strategy=strategy, steepness=steepness)
             name = f"{strategy} {target:.0%}"
-            name += "" if strategy == "hard" else f" k={steepness:g}"
+            name += "" if strategy == "hard" else f" k={steepness:g} from {enough:g}"
             found.append(OperatingPoint(name, rules, target))
     return found
 

@@ -20,7 +20,7 @@ from tests.micro_exits import micro_documents, micro_exits
 from tests.micro_model import NUM_LAYERS, MicroModel
 from tests.tiny_models import LAYERS
 
-POINTS = ((0.2, 10.0), (0.7, 10.0), (0.7, 2.0))
+POINTS = ((0.2, 10.0, 0.5), (0.7, 10.0, 0.5), (0.7, 10.0, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +38,10 @@ def test_points_have_the_same_sure_tokens_and_skip_different_things(
     points = operating_points(micro, texts, POINTS)
     names = [point.name for point in points]
     assert names == [
-        "own rules", "hard 20%", "hard 70%", "soft 20% k=10", "soft 70% k=10", "soft 70% k=2",
-        "adaptive-soft 20% k=10", "adaptive-soft 70% k=10", "adaptive-soft 70% k=2",
+        "own rules", "hard 20%", "hard 70%", "soft 20% k=10 from 0.5", "soft 70% k=10 from 0.5",
+        "soft 70% k=10 from 0.4",
+        "adaptive-soft 20% k=10 from 0.5", "adaptive-soft 70% k=10 from 0.5",
+        "adaptive-soft 70% k=10 from 0.4",
     ]  # fmt: skip
     found = {p.name: paired_perplexity(micro, texts, cascade=p.cascade) for p in points}
     for name, quality in found.items():
@@ -54,10 +56,11 @@ def test_points_have_the_same_sure_tokens_and_skip_different_things(
             assert quality.mean_kept_share == 1
             assert quality.soft_exit_share == 0
     kept = {name: quality.mean_kept_share for name, quality in found.items()}
-    assert kept["soft 20% k=10"] > kept["soft 70% k=2"] > kept["soft 70% k=10"]
-    # What soft exits leave out costs less than what hard ones do, and more the more it is.
+    assert kept["soft 70% k=10 from 0.4"] > kept["soft 70% k=10 from 0.5"]
+    assert kept["soft 20% k=10 from 0.5"] > kept["soft 70% k=10 from 0.5"]
+    # What is left out costs more the more it is.
     rises = {name: quality.ppl_increase for name, quality in found.items()}
-    assert rises["soft 70% k=2"] < rises["soft 70% k=10"] < 0.5
+    assert rises["soft 70% k=10 from 0.4"] < rises["soft 70% k=10 from 0.5"]
 
 
 def test_curves_hold_quality_and_speed_of_one_run(
@@ -117,7 +120,7 @@ def test_the_command_prints_one_row_for_each_point(artefact: Path, tmp_path: Pat
     assert saved["points"] == report["points"]
     shown = CliRunner().invoke(app, [*asked, "--no-speed"])
     assert shown.exit_code == 0, shown.output
-    assert "adaptive-soft 60% k=2" in shown.output
+    assert "adaptive-soft 60% k=10 from 0.2" in shown.output
     assert "no order of channels" in shown.output
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NativeModel", "NativeParts"]
 
+_VERSION = attrgetter("_version")
 # What holds for one object in one process.
 _OWN = ("_parts", "_refused", "_reason", "_joined", "_narrow", "_lock")
 
@@ -65,11 +67,11 @@ class NativeParts:
 
     def unchanged(self) -> bool:
         """Whether every tensor lies where it was, as it was."""
-        # Asked in every call: two plain loops over some hundred tensors.
+        # Asked in every step: two loops over some hundred tensors, without the interpreter's part.
         addresses, versions = self.marks
-        if [tensor._version for tensor in self.versioned] != versions:
+        if list(map(_VERSION, self.versioned)) != versions:
             return False
-        return [tensor.data_ptr() for tensor in self.tensors] == addresses
+        return list(map(Tensor.data_ptr, self.tensors)) == addresses
 
 
 @dataclass(frozen=True)

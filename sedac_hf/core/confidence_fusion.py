@@ -25,6 +25,7 @@ from sedac_hf.core.estimators import (
     PerplexityEstimator,
     TokenConsistencyEstimator,
 )
+from sedac_hf.core.exit_strategy import soft_exit_mlp_scaling
 from sedac_hf.errors import ConfigError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "PerplexityEstimator",
     "TokenConsistencyEstimator",
     "adaptive_confidence_decay",
+    "soft_exit_mlp_scaling",
 ]
 
 FloatArray = npt.NDArray[np.float32]

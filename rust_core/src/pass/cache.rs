@@ -139,7 +139,8 @@ impl RowCache {
             return Err(CoreError::value("rows", "ascending rows of the cache", found));
         }
         let chunks = self.chunks.iter_mut();
-        let chunks = chunks.map(|of| rows.iter().map(|&row| std::mem::take(&mut of[row])).collect());
+        let chunks =
+            chunks.map(|of| rows.iter().map(|&row| std::mem::take(&mut of[row])).collect());
         let chunks = chunks.collect();
         Ok(Self { float: self.float, shapes: self.shapes.clone(), rows: rows.len(), chunks })
     }

@@ -21,6 +21,7 @@ from sedac_hf.evaluation.benchmark import (
 )
 from sedac_hf.evaluation.perplexity import PerplexityResult, compared
 from sedac_hf.evaluation.settled_scoring import score_policies
+from sedac_hf.generation.exit_governor import exits_always_act
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
@@ -168,7 +169,7 @@ def _speeds(
 
     def under(cascade: CascadeConfig) -> Callable[[Tensor], Any]:
         def run(ids: Tensor) -> Any:
-            with model.cascade_replaced(cascade):
+            with model.cascade_replaced(cascade), exits_always_act():
                 return call(ids, "certified")
 
         return run

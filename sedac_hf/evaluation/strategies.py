@@ -24,6 +24,7 @@ from sedac_hf.evaluation.benchmark import (
 from sedac_hf.evaluation.perplexity import generation_prompt, paired_perplexity
 from sedac_hf.evaluation.report import plain_values
 from sedac_hf.evaluation.scoring import length_batches, padded, score_documents
+from sedac_hf.generation.exit_governor import exits_always_act
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
@@ -216,7 +217,7 @@ def _arms(
     def arm(mode: str, cascade: CascadeConfig | None) -> Callable[[Tensor], Any]:
         def call(ids: Tensor) -> Any:
             given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **settings}
-            with model.cascade_replaced(cascade):
+            with model.cascade_replaced(cascade), exits_always_act():
                 return model.generate(**given, sedac_mode=mode)
 
         return call

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sedac_hf.generation.costs import Tally
@@ -15,7 +18,7 @@ from sedac_hf.generation.costs import Tally
 if TYPE_CHECKING:
     from sedac_hf.core.cascade_config import CascadeConfig
 
-__all__ = ["BLOCK", "ExitGovernor", "ExitGovernors", "is_governed"]
+__all__ = ["BLOCK", "ExitGovernor", "ExitGovernors", "exits_always_act", "is_governed"]
 
 BLOCK = 8  # steps between two decisions
 _TRIAL = 9  # blocks that take turns before the first decision; the first one only warms up
@@ -24,8 +27,23 @@ _FIRST_WAIT, _LONGEST_WAIT = 16, 256  # blocks without exits between tries
 _LOOK = 32  # of so many blocks with exits, one goes without to see what that takes now
 
 
+_FREE: ContextVar[bool] = ContextVar("sedac_exits_always_act", default=False)
+
+
+@contextmanager
+def exits_always_act() -> Iterator[None]:
+    """Inside the block, in this thread, exits act whether they pay or not: to see what they cost."""
+    token = _FREE.set(True)
+    try:
+        yield
+    finally:
+        _FREE.reset(token)
+
+
 def is_governed() -> bool:
-    """Whether the environment lets the governor turn exits off."""
+    """Whether the governor may turn exits off."""
+    if _FREE.get():
+        return False
     return os.environ.get("SEDAC_GOVERNOR", "").lower() not in ("off", "0", "false")
 
 

@@ -7,7 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
-from sedac_hf.generation.exit_governor import BLOCK, ExitGovernor, ExitGovernors, is_governed
+from sedac_hf.generation.exit_governor import (
+    BLOCK,
+    ExitGovernor,
+    ExitGovernors,
+    exits_always_act,
+    is_governed,
+)
 from tests.generation.test_settled import GIVEN, prompts, settled
 
 LONG = GIVEN | {"max_new_tokens": 6 * BLOCK + 1}
@@ -90,6 +96,9 @@ def test_new_rules_and_other_batch_sizes_begin_anew():
 @pytest.mark.parametrize(("value", "expected"), [("off", False), ("0", False), ("", True)])
 def test_the_environment_can_leave_exits_alone(value, expected, monkeypatch):
     monkeypatch.setenv("SEDAC_GOVERNOR", value)
+    assert is_governed() is expected
+    with exits_always_act():
+        assert not is_governed()
     assert is_governed() is expected
 
 

@@ -218,6 +218,37 @@ fn rows_of_a_batch_have_the_bits_they_have_alone_whatever_their_padding() {
 }
 
 #[test]
+fn rows_that_are_lent_go_on_as_among_the_others() {
+    let steps = |rows: usize, length: usize| Placement {
+        first: vec![0; rows],
+        length: vec![length; rows],
+        nodes: 1,
+        open: 1,
+        seen: vec![vec![0]; rows],
+    };
+    for model in models(None) {
+        let (mut whole, mut parted) = (model.stack.cache(3), model.stack.cache(3));
+        for length in 0..6_usize {
+            let tokens: Vec<u64> = (0..3).map(|row| 10 * row + length as u64).collect();
+            let all = model.run(&mut whole, &steps(3, length), &tokens, &[length; 3], 2);
+            // From the third step on the row in the middle rests.
+            let rows: &[usize] = if length < 2 { &[0, 1, 2] } else { &[0, 2] };
+            let some: Vec<u64> = rows.iter().map(|&row| tokens[row]).collect();
+            let mut lent = parted.lend(rows).unwrap();
+            let at = steps(rows.len(), length);
+            let found = model.run(&mut lent, &at, &some, &vec![length; rows.len()], 2);
+            parted.take_back(rows, lent);
+            for (place, &row) in rows.iter().enumerate() {
+                assert_eq!(bits(&found)[place], bits(&all)[row], "row {row} at {length}");
+            }
+        }
+        assert!(parted.lend(&[2, 0]).is_err());
+        assert!(parted.lend(&[1, 1]).is_err());
+        assert!(parted.lend(&[3]).is_err());
+    }
+}
+
+#[test]
 fn kv_that_goes_out_and_comes_back_is_the_same() {
     for model in models(None) {
         let mut cache = model.stack.cache(1);

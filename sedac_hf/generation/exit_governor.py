@@ -32,7 +32,7 @@ _FREE: ContextVar[bool] = ContextVar("sedac_exits_always_act", default=False)
 
 @contextmanager
 def exits_always_act() -> Iterator[None]:
-    """Inside the block, in this thread, exits act whether they pay or not: to see what they cost."""
+    """Inside the block, in this thread, exits act whether they pay or not."""
     token = _FREE.set(True)
     try:
         yield

@@ -17,6 +17,7 @@ from sedac_hf.cli_run import (
 )
 from sedac_hf.cli_support import Screen
 from sedac_hf.cli_texts import documents_for
+from sedac_hf.generation.exit_governor import exits_always_act
 
 __all__ = ["run_demo"]
 
@@ -54,15 +55,16 @@ def run_demo(
     answers = []
     for prompt in DEMO_PROMPTS:
         screen.out.print(f"\n> {prompt}", style="bold", markup=False, soft_wrap=True)
-        result = write_text(
-            loaded,
-            encode_prompt(loaded, prompt),
-            console=None if screen.as_json else screen.out,
-            colour=True,
-            mode=mode,
-            max_new_tokens=max_new_tokens,
-            **GREEDY,
-        )
+        with exits_always_act():
+            result = write_text(
+                loaded,
+                encode_prompt(loaded, prompt),
+                console=None if screen.as_json else screen.out,
+                colour=True,
+                mode=mode,
+                max_new_tokens=max_new_tokens,
+                **GREEDY,
+            )
         screen.out.print(exit_legend(loaded, result["tokens"]))
         screen.out.print(summary(result), style="dim")
         answers.append({"prompt": prompt, **result})

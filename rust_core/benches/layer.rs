@@ -80,7 +80,8 @@ fn layers(c: &mut Criterion) {
                         b.iter(|| {
                             let mut states = vec![0.5; nodes * WIDTH];
                             let (states, rotations) = (&mut states[..], &rotations[..]);
-                            let call = Tokens { states, feedback: None, at: &at, rotations };
+                            let call =
+                                Tokens { states, feedback: None, at: &at, rotations, kept: None };
                             stack.run(&mut cache, call, 0..1, 1).unwrap();
                         });
                     });

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from sedac_hf.modeling import SedacForCausalLM
 
 __all__ = [
-    "MOST_COST",
     "Policy",
     "choose_policies",
     "ladder",
+    "most_cost",
     "pareto_front",
     "reorder",
     "search",
@@ -37,8 +37,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Expected cost up to which a policy may stand in the walk; a plain pass costs 1.
-MOST_COST = 1.02
+# Expected cost up to which a policy may stand in the walk, beside what the heads need to follow a
+# text; a plain pass costs 1. The governor turns off what costs more than it saves.
+_MOST_COST = 1.02
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -74,6 +75,18 @@ def search(
     """
     front = pareto_front(traces, costs, candidates=candidates, seed=seed)
     return ladder(front, epsilon=epsilon, rungs=rungs, margin=margin)
+
+
+def most_cost(costs: CostModel) -> float:
+    """Expected cost up to which a policy may stand in the walk.
+
+    A policy that costs as much as it saves is no use, but may be the only one that is safe. Heads
+    follow the text whoever leaves, and where that takes much no policy could ever be shown.
+
+    Args:
+        costs: What probes, tries and exits cost.
+    """
+    return _MOST_COST + sum(checkpoint.fill for checkpoint in costs.checkpoints)
 
 
 def ladder(
@@ -204,9 +217,10 @@ def choose_policies(
     Returns:
         Policies from the safest to the boldest, with verified deltas; empty when nothing saves.
     """
-    # A policy that costs as much as it saves is no use, but may be the only one that is safe.
     if front is None:
-        front = pareto_front(traces, costs, candidates=candidates, seed=seed, most_cost=MOST_COST)
+        front = pareto_front(
+            traces, costs, candidates=candidates, seed=seed, most_cost=most_cost(costs)
+        )
     if temperatures is not None:
         front = [with_temperatures(policy, temperatures) for policy in front]
     coarse = ladder(front, epsilon=epsilon, rungs=3, margin=margin)

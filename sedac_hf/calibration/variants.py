@@ -24,7 +24,7 @@ from sedac_hf.calibration.pareto import (
     replayed,
     usable_documents,
 )
-from sedac_hf.calibration.policy_search import MOST_COST, with_temperatures
+from sedac_hf.calibration.policy_search import most_cost, with_temperatures
 from sedac_hf.calibration.route_search import choose_routes, routed_traces
 from sedac_hf.core.cascade_options import AdaptiveDecay, ClassRule
 from sedac_hf.errors import CalibrationError
@@ -242,8 +242,9 @@ def front_of(
         seed: Seed of the search.
     """
     traces, costs, history = _setting(variant, material)
+    limit = most_cost(costs)
     front = pareto_front(
-        traces, costs, candidates=candidates, seed=seed, most_cost=MOST_COST, history=history
+        traces, costs, candidates=candidates, seed=seed, most_cost=limit, history=history
     )
     price = 0.0 if variant.adaptive_decay is None else material.entropy_price
     front = [
@@ -256,7 +257,7 @@ def front_of(
     ]
     delta = np.array([policy.estimated_delta for policy in front])
     best = pareto_indices(delta, np.array([policy.cost for policy in front]))
-    return [front[at] for at in best if front[at].cost < MOST_COST]
+    return [front[at] for at in best if front[at].cost < limit]
 
 
 def _setting(variant: Variant, material: Material) -> tuple[Traces, CostModel, History | None]:

@@ -12,6 +12,7 @@ from sedac_hf.calibration.candidates import perturbed, random_policies, structur
 from sedac_hf.calibration.policy_search import (
     Policy,
     ladder,
+    most_cost,
     pareto_front,
     reorder,
     search,
@@ -262,3 +263,13 @@ def policy(delta, cost):
         LayerConfig(layer_idx=layer, threshold=0.5 + delta, min_probability=0.5) for layer in (3, 6)
     )
     return Policy(CascadeConfig(layers), float(delta), 0.2, float(cost))
+
+
+def test_dear_heads_leave_policies_in_the_walk(traces):
+    """Heads that take 4 % of a pass to follow a text are paid for by exits and no exits alike."""
+    cheap = cost_model()
+    columns = [replace(c, fill=c.fill + 0.04, saved=0.02) for c in cheap.checkpoints]
+    dear = replace(cheap, checkpoints=tuple(columns))
+    assert most_cost(dear) == pytest.approx(most_cost(cheap) + 0.04 * len(columns))
+    assert pareto_front(traces, dear, candidates=200, most_cost=most_cost(dear))
+    assert not pareto_front(traces, dear, candidates=200, most_cost=1.02)

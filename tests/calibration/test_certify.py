@@ -11,6 +11,7 @@ from sedac_hf.calibration.certify import certify, walk
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.policy_search import choose_policies, verify
 from sedac_hf.errors import CalibrationError
+from tests.calibration.synthetic import cost_model
 from tests.evaluation.fake_model import FakeModel, documents, policy, slow_scores
 
 THRESHOLDS = (0.005, 0.01, 0.02, 0.05, 0.2, 1.0)
@@ -211,7 +212,7 @@ def half_the_truth(monkeypatch):
 
 
 def test_choice_corrects_for_what_the_replay_does_not_see(half_the_truth):
-    chosen = choose_policies(FakeModel(), None, documents(4), None, rungs=6, margin=1.5)
+    chosen = choose_policies(FakeModel(), None, documents(4), cost_model(), rungs=6, margin=1.5)
     limit = math.log1p(0.01)
     assert len(chosen) == 6
     assert chosen[-1].estimated_delta <= 1.5 * limit
@@ -224,10 +225,10 @@ def test_choice_corrects_for_what_the_replay_does_not_see(half_the_truth):
 
 def test_choice_stops_verifying_when_time_is_up(half_the_truth):
     settings = {"rungs": 6, "margin": 1.5}
-    whole = choose_policies(FakeModel(), None, documents(4), None, **settings)
+    whole = choose_policies(FakeModel(), None, documents(4), cost_model(), **settings)
     half_the_truth.clear()
     hasty = choose_policies(
-        FakeModel(), None, documents(4), None, deadline=time.monotonic(), **settings
+        FakeModel(), None, documents(4), cost_model(), deadline=time.monotonic(), **settings
     )
     assert len(half_the_truth) == 3
     assert [p.cascade for p in hasty] == [p.cascade for p in whole]

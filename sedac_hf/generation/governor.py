@@ -13,7 +13,7 @@ from sedac_hf.generation.draft_tree import HEAD, LOOKUP
 if TYPE_CHECKING:
     from sedac_hf.generation.draft_tree import DraftTree
 
-__all__ = ["Cycle", "Governor"]
+__all__ = ["Cycle", "Governor", "off_cycle"]
 
 _DEEPEST = 8  # depths that are told apart
 _LONGEST = 4  # matched tokens of a lookup that are told apart
@@ -58,6 +58,15 @@ class Cycle:
     is_whole: bool = True
 
 
+def off_cycle(full: PassCosts) -> tuple[Tally, Tally]:
+    """Tokens and seconds of a cycle without a head, before one was seen.
+
+    Args:
+        full: What passes through all layers take.
+    """
+    return Tally(1.0, 8.0), Tally(full.of(1), 8.0)
+
+
 class Governor:
     """Decides for one head (or none) at one batch size; lives as long as the model.
 
@@ -75,6 +84,7 @@ class Governor:
         width: int = 2,
         rows: int = 1,
         hits: Sequence[float] | None = None,
+        off: tuple[Tally, Tally] | None = None,
     ) -> None:
         """Begin with measured costs.
 
@@ -88,12 +98,14 @@ class Governor:
             rows: Rows of the batch.
             hits: How often the base's choice was found among the head's first 1, 2, 4 and 8; then
                 nothing needs to be tried before it is judged. None if nobody knows.
+            off: Tokens and seconds of a cycle without the head, as `off_cycle` begins them; shared
+                by the heads of a batch size, which are all compared with the same.
         """
         self.most_nodes, self.most_levels, self.width = most_nodes, most_levels, width
         self._full = full
         self._tail = tail
         self._level = [Tally(level, 2.0, 0.9) for _ in range(most_levels)]
-        self._off = (Tally(1.0, 8.0), Tally(self._full.of(1), 8.0))  # tokens, seconds a cycle
+        self._off = off_cycle(full) if off is None else off
         # Of what drafts bring the rows on average, what the row furthest behind has of it.
         self._share = Tally(1.0 if rows == 1 else _ROWS_SHARE, 4.0, 0.98)
         self._rest = {on: Tally(0.0, 0.01, 0.95) for on in (True, False)}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sedac_hf.generation.costs import PassCosts
-from sedac_hf.generation.governor import Governor
+from sedac_hf.generation.costs import PassCosts, Tally
+from sedac_hf.generation.governor import Governor, off_cycle
 from sedac_hf.generation.row_state import chain_mask
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Governors:
         """Begin with nothing known."""
         self._lock = threading.Lock()
         self._full: dict[int, PassCosts] = {}
+        self._off: dict[int, tuple[Tally, Tally]] = {}
         self._known: dict[tuple[int, int], Governor] = {}
 
     def pick_head(self, rows: int, heads: int) -> int | None:
@@ -80,15 +81,19 @@ class Governors:
             if full is None:
                 full = PassCosts(measure_passes(run, state, 0, depth, clock))
                 self._full[state.rows] = full
+                self._off[state.rows] = off_cycle(full)
+            off = self._off[state.rows]
             if head is None:
-                found = Governor(full, width=width, rows=state.rows)
+                found = Governor(full, width=width, rows=state.rows, off=off)
             else:
                 tail = full
                 if head.layer >= 0:
                     costs = measure_passes(run, state, head.layer + 1, depth, clock)
                     tail = PassCosts(costs)
                 level = measure_level(head, state.rows, clock)
-                found = Governor(full, tail, level, width=width, rows=state.rows, hits=head.hits)
+                found = Governor(
+                    full, tail, level, width=width, rows=state.rows, hits=head.hits, off=off
+                )
             self._known[key] = found
             return found
 

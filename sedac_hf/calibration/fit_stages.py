@@ -233,8 +233,7 @@ class FitRun:
         )  # fmt: skip
         model.set_gates(gates.parts)
         model.risk_histograms = RiskHistograms.from_traces(gates.traces)
-        if self.process.is_main_process:
-            fitted.traces.save(self.workspace.directory / "traces.safetensors")
+        fitted.traces.save(self.workspace.directory / "traces.safetensors")
         self._stage("gates")
         self.policies = choose_policies(
             model, gates.traces,

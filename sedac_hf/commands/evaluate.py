@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -79,66 +79,35 @@ def evaluate(
     """
     from sedac_hf.cli_run import Timing, run_evaluation
 
+    screen = Screen(quiet=quiet, as_json=as_json)
+    name = model or default_artefact()
+    timing = Timing(max_new_tokens, rounds, prompts) if speed else None
+    asked: dict[str, Any] = {
+        "base": base, "data": data, "documents": documents, "output": output, "seed": seed,
+        "device": device, "dtype": dtype, "screen": screen,
+    }  # fmt: skip
     if ablation:
         from sedac_hf.cli_ablation import run_ablation
 
         if mode not in (None, "certified") or uncertified or max_increase is not None:
             raise UsageError("--ablation measures variants of certified exits, and no other mode.")
-        rows = run_ablation(
-            model or default_artefact(),
-            Timing(max_new_tokens, rounds, prompts) if speed else None,
-            base=base,
-            data=data,
-            documents=documents,
-            output=output,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            screen=Screen(quiet=quiet, as_json=as_json),
-        )
+        rows = run_ablation(name, timing, **asked)
         if as_json:
             write_json(rows)
         return
-
-    screen = Screen(quiet=quiet, as_json=as_json)
     if strategies:
         from sedac_hf.cli_strategies import run_strategies
 
         if mode not in (None, "certified") or max_increase is not None:
             raise UsageError("--strategies measures certified mode, and no single increase.")
-        timing = Timing(max_new_tokens, rounds, prompts) if speed else None
-        curves = run_strategies(
-            model or default_artefact(),
-            base=base,
-            data=data,
-            documents=documents,
-            timing=timing,
-            output=output,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            screen=screen,
-        )
+        curves = run_strategies(name, timing=timing, **asked)
         if as_json:
             write_json(curves)
         return
     report = run_evaluation(
-        model or default_artefact(),
-        base=base,
-        mode=mode,
-        uncertified=uncertified,
-        data=data,
-        documents=documents,
-        speed=speed,
-        max_new_tokens=max_new_tokens,
-        rounds=rounds,
-        prompts=prompts,
-        output=output,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        screen=screen,
-    )
+        name, mode=mode, uncertified=uncertified, speed=speed, max_new_tokens=max_new_tokens,
+        rounds=rounds, prompts=prompts, **asked,
+    )  # fmt: skip
     if as_json:
         write_json(report)
     rise = report["ppl_increase"]

@@ -41,6 +41,14 @@ class PackedProbe:
     out_bias: float
 
 
+def _features(
+    hidden: Tensor, project: Tensor, norm_weight: Tensor, norm_bias: Tensor, epsilon: float
+) -> Tensor:
+    """``LayerNorm(project(h))``."""
+    low = nn.functional.linear(hidden.to(project.dtype), project)
+    return nn.functional.layer_norm(low, low.shape[-1:], norm_weight, norm_bias, epsilon)
+
+
 def _risk(
     hidden: Tensor,
     project: Tensor,
@@ -51,10 +59,8 @@ def _risk(
     out_bias: Tensor,
 ) -> Tensor:
     """``softplus(out(LayerNorm(project(h))))``."""
-    functional = nn.functional
-    low = functional.linear(hidden.float(), project)
-    normed = functional.layer_norm(low, low.shape[-1:], norm_weight, norm_bias, epsilon)
-    return functional.softplus(functional.linear(normed, out_weight, out_bias).squeeze(-1))
+    features = _features(hidden, project, norm_weight, norm_bias, epsilon)
+    return nn.functional.softplus(nn.functional.linear(features, out_weight, out_bias).squeeze(-1))
 
 
 _compiled_risk = Compiled(_risk)
@@ -107,7 +113,7 @@ class LREProbe(nn.Module):
         Args:
             hidden: States, ``[..., width]``, any floating dtype.
         """
-        return cast(Tensor, self.norm(self.project(hidden.to(self.project.weight.dtype))))
+        return _features(hidden, *self._weights()[:4])
 
     def _weights(self) -> tuple[Any, ...]:
         norm = self.norm

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from sedac_hf.calibration.pareto import Policy
 from sedac_hf.errors import CalibrationError
-from sedac_hf.evaluation.benchmark import (
-    Ratio,
-    encode_prompts,
-    greedy_settings,
-    ratio_of,
-    take_turns,
-)
+from sedac_hf.evaluation.benchmark import Ratio
 from sedac_hf.evaluation.perplexity import PerplexityResult, compared
+from sedac_hf.evaluation.rule_speeds import speeds_of_rules
 from sedac_hf.evaluation.settled_scoring import score_policies
-from sedac_hf.generation.exit_governor import exits_always_act
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
@@ -127,7 +118,12 @@ def measure_ablation(
     """
     cascades = [variant.cascade for variant in variants]
     full, *scores = score_policies(model, documents, [None, *cascades])
-    speeds = _speeds(model, variants, prompts, max_new_tokens, rounds, max_prompts, seed)
+    speeds: dict[str, Ratio] = {}
+    if prompts is not None:
+        speeds = speeds_of_rules(
+            model, {v.name: v.cascade for v in variants if v.cascade is not None}, prompts,
+            max_new_tokens=max_new_tokens, rounds=rounds, max_prompts=max_prompts, seed=seed,
+        )  # fmt: skip
     rows = []
     for variant, exited in zip(variants, scores, strict=True):
         quality = compared(model, documents, full, exited, seed=seed)
@@ -146,42 +142,6 @@ def _row(variant: FittedVariant, quality: PerplexityResult, speed: Ratio | None)
         ppl_increase_ci95=(low, high),
         speed_vs_plain=speed,
     )
-
-
-def _speeds(
-    model: SedacForCausalLM,
-    variants: Sequence[FittedVariant],
-    prompts: Sequence[Sequence[int]] | None,
-    max_new_tokens: int,
-    rounds: int,
-    max_prompts: int,
-    seed: int,
-) -> dict[str, Ratio]:
-    """Speed of each variant against plain, all in one run."""
-    if prompts is None:
-        return {}
-    inputs = [ids.to(model.device) for ids in encode_prompts(prompts, None, max_prompts)]
-    settings = greedy_settings(model, max_new_tokens)
-
-    def call(ids: Tensor, mode: str) -> Any:
-        mask = torch.ones_like(ids)
-        return model.generate(ids, attention_mask=mask, sedac_mode=mode, **settings)
-
-    def under(cascade: CascadeConfig) -> Callable[[Tensor], Any]:
-        def run(ids: Tensor) -> Any:
-            with model.cascade_replaced(cascade), exits_always_act():
-                return call(ids, "certified")
-
-        return run
-
-    arms: dict[str, Callable[[Tensor], Any]] = {"plain": lambda ids: call(ids, "plain")}
-    arms |= {v.name: under(v.cascade) for v in variants if v.cascade is not None}
-    seconds = take_turns(model, arms, inputs, rounds=rounds)
-    return {
-        name: ratio_of(seconds["plain"] / times, seed)
-        for name, times in seconds.items()
-        if name != "plain"
-    }
 
 
 def _finite(value: float) -> float | None:

@@ -9,22 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from sedac_hf.core.cascade_config import STRATEGIES, CascadeConfig, LayerConfig
 from sedac_hf.core.exit_strategy import DEFAULT_STEEPNESS
 from sedac_hf.errors import CalibrationError, ModeError
 from sedac_hf.evaluation.benchmark import (
     Ratio,
-    encode_prompts,
-    greedy_settings,
-    ratio_of,
-    take_turns,
 )
 from sedac_hf.evaluation.perplexity import generation_prompt, paired_perplexity
 from sedac_hf.evaluation.report import plain_values
+from sedac_hf.evaluation.rule_speeds import speeds_of_rules
 from sedac_hf.evaluation.scoring import length_batches, padded, score_documents
-from sedac_hf.generation.exit_governor import exits_always_act
 
 if TYPE_CHECKING:
     from sedac_hf.calibration.documents import Document
@@ -158,12 +153,10 @@ def strategy_curves(
     ratios: dict[str, Ratio] = {}
     if speed:
         told("speed: plain and all points, taking turns")
-        prompts = encode_prompts([generation_prompt(d) for d in documents], None, max_prompts)
-        arms = _arms(model, points, max_new_tokens)
-        given = [ids.to(model.device) for ids in prompts]
-        seconds = take_turns(model, arms, given, rounds=rounds)
-        plain = seconds.pop("plain")
-        ratios = {name: ratio_of(plain / times, seed) for name, times in seconds.items()}
+        ratios = speeds_of_rules(
+            model, {p.name: p.cascade for p in points}, [generation_prompt(d) for d in documents],
+            max_new_tokens=max_new_tokens, rounds=rounds, max_prompts=max_prompts, seed=seed,
+        )  # fmt: skip
     rows = [
         _row(point, found, ratios.get(point.name))
         for point, found in zip(points, quality, strict=True)
@@ -207,22 +200,6 @@ def _risks(
             "that go beyond their prompts."
         )
     return risks
-
-
-def _arms(
-    model: SedacForCausalLM, points: Sequence[OperatingPoint], max_new_tokens: int
-) -> dict[str, Callable[[Tensor], Any]]:
-    settings = greedy_settings(model, max_new_tokens)
-
-    def arm(mode: str, cascade: CascadeConfig | None) -> Callable[[Tensor], Any]:
-        def call(ids: Tensor) -> Any:
-            given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **settings}
-            with model.cascade_replaced(cascade), exits_always_act():
-                return model.generate(**given, sedac_mode=mode)
-
-        return call
-
-    return {"plain": arm("plain", None)} | {p.name: arm("certified", p.cascade) for p in points}
 
 
 def _row(point: OperatingPoint, found: PerplexityResult, ratio: Ratio | None) -> dict[str, Any]:

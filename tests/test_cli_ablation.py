@@ -127,3 +127,9 @@ def test_an_artefact_without_variants_is_told_apart(base: Path, texts: Path) -> 
     result = sedac("eval", base.parent / "bare", "--ablation", "--mode", "exact")
     assert result.exit_code == 2
     assert "no other mode" in result.output
+
+
+def test_two_reports_at_once_are_refused(tmp_path: Path) -> None:
+    result = sedac("eval", tmp_path, "--ablation", "--strategies")
+    assert result.exit_code == 2
+    assert "one at a time" in result.output

@@ -79,6 +79,8 @@ def evaluate(
     """
     from sedac_hf.cli_run import Timing, run_evaluation
 
+    if ablation and strategies:
+        raise UsageError("--ablation and --strategies are two reports; ask for one at a time.")
     screen = Screen(quiet=quiet, as_json=as_json)
     name = model or default_artefact()
     timing = Timing(max_new_tokens, rounds, prompts) if speed else None

@@ -183,8 +183,9 @@ class HeadDraft:
         states = self._head(hidden, feedback, at)
         found = gather_nodes(states, self._counts[:, None])
         if self._watch is not None:
-            # What a position was followed by as feedback is its own final state.
-            valid = order[:most] < self._counts[:, None]
+            # What a position was followed by as feedback is its own final state. Rows that have
+            # ended may not be computed any more.
+            valid = (order[:most] < self._counts[:, None]) & alive[:, None]
             self._watch.see(hidden[:, :most], states[:, :most], feedback[:, 1:], valid)
             self._root = (root, found)
         self._length = self._length + self._counts + alive

@@ -20,6 +20,8 @@ _LONGEST = 4  # matched tokens of a lookup that are told apart
 _TRIAL = 12  # cycles that drafting is tried for before it is judged
 _PROBE = 6  # cycles of a later try
 _FIRST_WAIT, _LONGEST_WAIT = 64, 1024  # cycles without drafts between tries
+# While drafts are made, cycles between two without: what those take is only known by doing them.
+_FIRST_LOOK, _LONGEST_LOOK = 4, 128
 # Drafting must promise this much more than doing without, since estimates are noisy.
 _MARGIN = 1.02
 # What no head's first eight candidates have been seen to hold more often, given true states.
@@ -64,7 +66,8 @@ def off_cycle(full: PassCosts) -> tuple[Tally, Tally]:
     Args:
         full: What passes through all layers take.
     """
-    return Tally(1.0, 8.0), Tally(full.of(1), 8.0)
+    # Timed passes leave out what belongs to a cycle besides: soon only cycles count.
+    return Tally(1.0, 8.0), Tally(full.of(1), 2.0, 0.95)
 
 
 class Governor:
@@ -118,6 +121,7 @@ class Governor:
         self._lock = threading.Lock()
         self._cycles = self._tried = self._since_try = 0
         self._wait = _FIRST_WAIT
+        self._look, self._since_look = _FIRST_LOOK, 0
         self._left = _TRIAL if tail is not None else 0
         if tail is not None and not self._can_pay(tail, level):
             # At this batch size not even the best of heads would be worth a trial.
@@ -133,7 +137,7 @@ class Governor:
             for nodes, hit in zip(_HIT_NODES, hits, strict=True)
         ]
         tokens, seconds = max(options, key=lambda option: option[0] / max(option[1], 1e-9))
-        self._on = (Tally(tokens, 8.0), Tally(seconds, 8.0))
+        self._on = (Tally(tokens, 8.0), Tally(seconds, 3.0))
         self._left, self._tried = 0, _TRIAL
 
     def _can_pay(self, tail: PassCosts, level: float) -> bool:
@@ -194,12 +198,9 @@ class Governor:
         self._cycles += 1
         if self._tail is None:
             return Cycle()
-        if self._left > 0:
-            self._left -= 1
-            return Cycle(on=True)
-        if self.is_on:
-            self._wait = _FIRST_WAIT
-            return Cycle(on=True)
+        if self._left > 0 or self.is_on:
+            return self._begin_drafting()
+        self._look, self._since_look = _FIRST_LOOK, 0
         self._since_try += 1
         if self._since_try >= self._wait:
             self._since_try, self._left = 0, _PROBE - 1
@@ -208,6 +209,18 @@ class Governor:
             self._start_over()
             return Cycle(on=True)
         return Cycle()
+
+    def _begin_drafting(self) -> Cycle:
+        """With drafts, but now and then without, to see what that takes now."""
+        if self._since_look >= self._look:
+            self._since_look, self._look = 0, min(2 * self._look, _LONGEST_LOOK)
+            return Cycle()
+        self._since_look += 1
+        if self._left > 0:
+            self._left -= 1
+        else:
+            self._wait = _FIRST_WAIT
+        return Cycle(on=True)
 
     def trust(self, depth: int) -> float:
         """By what to multiply the head's probability of a child at `depth`."""
@@ -295,7 +308,10 @@ class Governor:
         rest.add(min(cycle.rest, 3 * rest.value or cycle.rest))
         # Smoothed costs rather than the clock's: one hiccup must not decide.
         spent = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
-        way[1].add(spent + costs.of(cycle.nodes) + rest.value)
+        spent += costs.of(cycle.nodes) + rest.value
+        if not cycle.on:  # too rare, while drafts are made, for their costs to have settled
+            spent = min(cycle.verify + cycle.rest, 1.5 * spent)
+        way[1].add(spent)
 
     def _learn(self, tree: DraftTree, kept: set[int], drafted: bool) -> None:
         """Which of the nodes whose parent was accepted were right themselves."""

@@ -266,6 +266,27 @@ def test_time_outside_of_passes_counts() -> None:
     assert not busy.is_on
 
 
+def test_what_going_without_takes_is_looked_at_while_drafts_are_made() -> None:
+    """Passes were timed at 13 each, which cycles without drafts are found not to take."""
+    governor, tree = Governor(costs(lambda n: 13.0), costs(flat), 1.0, hits=HITS), DraftTree(0, 8)
+    assert governor.is_on
+    without = []
+    for number in range(40):
+        cycle = governor.begin()
+        cycle.drafted, cycle.levels, cycle.nodes = cycle.on, [2.0] * cycle.on, 4 if cycle.on else 1
+        cycle.tokens, cycle.verify = 1, flat(cycle.nodes)
+        governor.end(cycle, [tree], [[0]])
+        without += [] if cycle.on else [number]
+        if not governor.is_on:
+            break
+    assert without[0] == 4
+    assert not governor.is_on
+    steady = Machine(flat, 1.0, 0.8)
+    found = steady.governor()
+    steady.run(found, 1000)
+    assert 5 <= steady.drafted.count(False) <= 16
+
+
 def test_cycles_of_fewer_rows_teach_no_times() -> None:
     governor, tree = Governor(costs(flat), costs(flat), 1.0, rows=2, hits=HITS), DraftTree(0, 8)
     before = governor.to_dict()

@@ -1,5 +1,6 @@
 """The compiled core of sedac_hf. Arrays are C-contiguous unless said otherwise."""
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import numpy as np
@@ -317,8 +318,293 @@ class OutputHead:
             ValueError: If lengths do not fit.
         """
 
+class DraftTree:
+    """The tree of drafts of one row: the most probable continuations of its last token.
+
+    Nodes stand in the order in which they were taken; a parent always stands before its children.
+    Each attribute is a list of its own, made when it is asked for.
+    """
+
+    def __new__(cls, root: int, limit: int, *, chain: bool = False) -> DraftTree:
+        """Begin with the root alone.
+
+        Args:
+            root: The last token of the text.
+            limit: Largest depth that may be of use; 0 for no drafts.
+            chain: Whether each node may have one child only.
+        """
+    @property
+    def tokens(self) -> list[int]:
+        """Token of each node; node 0 is the root, the last token of the text."""
+    @property
+    def parents(self) -> list[int]:
+        """Parent of each node, -1 for the root."""
+    @property
+    def scores(self) -> list[float]:
+        """Probability that the node's whole path is what the base says."""
+    @property
+    def depths(self) -> list[int]:
+        """Steps from the root."""
+    @property
+    def origins(self) -> list[int]:
+        """`ROOT`, `HEAD`, `LOOKUP` or `BLANK`, see `sedac_hf.generation.draft_tree`."""
+    @property
+    def ranks(self) -> list[int]:
+        """Place among its parent's candidates, from 0."""
+    @property
+    def expanded(self) -> set[int]:
+        """Nodes whose children an exit head was asked for."""
+    @property
+    def matched(self) -> int:
+        """Tokens that matched where a continuation was found in the text, else 0."""
+    def __len__(self) -> int:
+        """Nodes, blanks included."""
+    def child(self, node: int, token: int) -> int | None:
+        """The child of `node` with a token, or None."""
+    def offer(self, parent: int, tokens: Sequence[int], probabilities: Sequence[float]) -> None:
+        """Put up an exit's candidates behind a node.
+
+        Args:
+            parent: The node.
+            tokens: Candidates, the most probable first.
+            probabilities: What the exit gives them; what is not finite is left out.
+
+        Raises:
+            ValueError: If there is no such node, or lengths differ.
+        """
+    def offer_path(self, tokens: Sequence[int], scores: Sequence[float], matched: int) -> None:
+        """Put up a continuation of the root that was found as a whole.
+
+        Args:
+            tokens: Its tokens.
+            scores: Probability that each, with all before it, is right.
+            matched: Tokens that matched where it was found.
+
+        Raises:
+            ValueError: If lengths differ.
+        """
+    def take(self, count: int, least: float = 0.0, known: int | None = None) -> list[int]:
+        """Make nodes of the most probable candidates.
+
+        Args:
+            count: How many at most.
+            least: Probability below which a candidate is not worth a place.
+            known: Take only candidates whose parent is among the first `known` nodes.
+
+        Returns:
+            The new nodes.
+        """
+    def next_scores(self, count: int) -> list[float]:
+        """Probabilities of the best candidates, the best first."""
+    def cut(self, nodes: int) -> None:
+        """Give up the nodes taken last, until `nodes` are left; the root stays."""
+    def pad(self, nodes: int) -> None:
+        """Fill up with blank nodes, which are never accepted; a chain ends before them."""
+
+def find_continuation(
+    text: npt.NDArray[np.int64], shortest: int, longest: int
+) -> tuple[int, int] | None:
+    """The latest earlier occurrence of a text's last tokens; the longest match wins.
+
+    Args:
+        text: ``[length]``.
+        shortest: Fewest tokens that count; two at least.
+        longest: Most tokens that are looked for.
+
+    Returns:
+        The first place behind it, and how many tokens matched; None if there is none.
+    """
+
+class DraftPlan:
+    """How much to draft in a cycle, by the governor's numbers of that cycle. Immutable.
+
+    Tables by depth or level serve with their last entry whatever lies beyond.
+    """
+
+    def __new__(
+        cls,
+        *,
+        most_nodes: int,
+        most_levels: int,
+        width: int,
+        trust: Sequence[float],
+        covered: Sequence[float],
+        found: Sequence[Sequence[float]],
+        levels: Sequence[float],
+        full: Sequence[float],
+        tail: Sequence[float] | None,
+        rate: float,
+        share: float,
+    ) -> DraftPlan:
+        """Note the numbers.
+
+        Args:
+            most_nodes: Nodes verified at most.
+            most_levels: Calls of the head at most.
+            width: Nodes that each level behind the first expands.
+            trust: By what to multiply the head's probability of a child, by its depth.
+            covered: Share of expanded nodes one of whose children is accepted, by their depth.
+            found: Share of tokens of a continuation found in the text that are right, by matched
+                tokens (from 1) and depth.
+            levels: Seconds of each call of the head.
+            full: Seconds of a pass through all layers, by nodes (from 1).
+            tail: The same from the head's checkpoint on; None without a head.
+            rate: Tokens that a row gains per second.
+            share: Of what drafts bring the rows on average, what the row furthest behind has of it.
+
+        Raises:
+            ValueError: If a table is empty, or nodes or width are 0.
+        """
+    def trust(self, depth: int) -> float:
+        """By what to multiply the head's probability of a child at `depth`."""
+    def found_scores(self, matched: int, count: int) -> list[float]:
+        """Probability that each of `count` tokens found in the text is right, given those before.
+
+        Args:
+            matched: Tokens that matched.
+            count: Tokens of the continuation.
+        """
+    def worth_a_level(self, level: int, parents: float, depth: int) -> bool:
+        """Whether one more call of the head promises more than its time would bring otherwise.
+
+        Args:
+            level: Calls so far.
+            parents: Sum of the probabilities of the nodes that it would expand, mean of the rows.
+            depth: Their depth.
+        """
+    def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
+        """Nodes to verify.
+
+        Args:
+            scores: Of each row, the probability of every node, those that must be verified first.
+            least: How many must be.
+            drafted: Whether the head has run the early layers.
+        """
+
+class Embedding:
+    """A base's embedding. Immutable, so threads may share it."""
+
+    def __new__(cls, words: MatrixWeights, scale: float | None = None) -> Embedding:
+        """Read a matrix in place.
+
+        Args:
+            words: A row for each word.
+            scale: What rows are multiplied by; products are rounded to the matrix's type.
+
+        Raises:
+            ValueError: If the address, the shape or the type cannot be used.
+        """
+    def look_up(self, tokens: npt.NDArray[np.int64]) -> list[float]:
+        """States of some tokens, row after row.
+
+        Raises:
+            ValueError: If a token is no word of the matrix.
+        """
+
+class CycleOutcome:
+    """How a cycle went; lists have an entry for each row that took part."""
+
+    @property
+    def rows(self) -> list[int]:
+        """Which rows, ascending."""
+    @property
+    def trees(self) -> list[DraftTree]:
+        """Their drafts."""
+    @property
+    def paths(self) -> list[list[int]]:
+        """Nodes that were kept, the root first."""
+    @property
+    def words(self) -> list[list[int]]:
+        """Tokens that each row was given, as many as nodes were kept."""
+    @property
+    def origins(self) -> list[list[int]]:
+        """Who had drafted each of them, as the origins of a tree; `ROOT` for nobody."""
+    @property
+    def nodes(self) -> int:
+        """Nodes verified in each row."""
+    @property
+    def drafted(self) -> bool:
+        """Whether the head was asked."""
+    @property
+    def levels(self) -> list[float]:
+        """Seconds of each call of the head, with what belongs to it."""
+    @property
+    def verify(self) -> float:
+        """Seconds from the drafts to the next roots."""
+
+class GreedyCycle:
+    """A batch that is decoded cycle by cycle: drafts, one verification, what the base says too.
+
+    Belongs to one text (or batch), as its caches do; use it from one thread at a time.
+    """
+
+    def __new__(
+        cls,
+        texts: Sequence[npt.NDArray[np.int64]],
+        first: npt.NDArray[np.int64],
+        length: npt.NDArray[np.int64],
+        position: npt.NDArray[np.int64],
+        left: npt.NDArray[np.int64],
+        counted: npt.NDArray[np.int64],
+        ends: Sequence[int],
+        least: Sequence[tuple[int, Sequence[int]]],
+        head: tuple[int, bool, npt.NDArray[np.int64] | None, FloatArray] | None = None,
+    ) -> GreedyCycle:
+        """Begin behind a prompt and the token that was chosen after it.
+
+        Args:
+            texts: Tokens of each row without padding, that token included.
+            first: First slot of each row that is no padding, ``[rows]``.
+            length: Settled slots, ``[rows]``.
+            position: Position id of each row's last token, ``[rows]``.
+            left: Tokens that each row may yet be given, ``[rows]``; 0 where it has ended.
+            counted: Tokens of each row as `least` counts them, ``[rows]``.
+            ends: Tokens that end a row.
+            least: Tokens that may not be said before a row has so many.
+            head: The exit head that drafts: layers before its checkpoint, whether it takes
+                feedback, tokens of its words (None where words are tokens), and the final-layer
+                state of each row's prompt ``[rows, width]``. None for drafts from the text alone.
+
+        Raises:
+            ValueError: If lengths differ, a text is empty or a number is negative.
+            TypeError: If an array has another type or gaps.
+        """
+    def run(
+        self,
+        layers: LayerStack,
+        cache: KvCache,
+        output: OutputHead,
+        embedding: Embedding,
+        tables: Sequence[tuple[FloatArray, FloatArray]],
+        threads: int,
+        plan: DraftPlan | None = None,
+        asks: bool = False,
+        head: tuple[LayerStack, KvCache, OutputHead] | None = None,
+    ) -> CycleOutcome:
+        """One cycle of the rows that have not ended, with the interpreter released.
+
+        Tokens are the base's own best words, the first of equal ones. K/V of rows that have ended
+        are left as they are.
+
+        Args:
+            layers: The base's layers.
+            cache: Their K/V.
+            output: The base's final norm and output layer.
+            embedding: The base's embedding.
+            tables: Cosines and sines of each kind, ``[positions, rotated width]``.
+            threads: Threads to use at most.
+            plan: How much to draft; None for one token a row.
+            asks: Whether the head may be asked.
+            head: Layers, K/V and output layer of the head that the cycle was told of.
+
+        Raises:
+            ValueError: If parts do not fit each other or a position has no row in the tables; the
+                cycle must not be used any more then.
+            TypeError: If an array has another type or gaps.
+        """
+
 def pass_seconds() -> float:
-    """Seconds that calls of `LayerStack` and `OutputHead` have taken in this process.
+    """Seconds that `LayerStack`, `OutputHead` and `GreedyCycle` have worked in this process.
 
     What else a decode step takes is the interpreter's; see `sedac_hf.evaluation.core_share`.
     """

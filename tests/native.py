@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -23,6 +25,15 @@ LENGTH = WINDOW + 3  # beyond the windows of the tiny models
 
 def started(base: PreTrainedModel, heads: Sequence[ExitHead] = ()) -> NativePass:
     return NativePass(NativeModel(BaseShell(base), heads))
+
+
+@contextmanager
+def step_by_step() -> Iterator[None]:
+    """Loops in Python run every step, as in calls that whole cycles of the core do not serve."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("exact", "settled"):
+            patch.setattr(f"sedac_hf.generation.{module}.core_cycles", lambda *args: None)
+        yield
 
 
 def behind(lengths: Sequence[int], nodes: int, first: Sequence[int] | None = None) -> Placement:

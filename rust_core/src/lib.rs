@@ -1,5 +1,5 @@
 //! The numeric core of `sedac_hf`: probes, cascade, replay of exit policies, certification,
-//! the decode pass and the statistics of running models.
+//! the decode pass, cycles of drafts over it and the statistics of running models.
 //!
 //! Plain Rust on slices; the bindings for Python live behind the feature `python`.
 //!
@@ -25,6 +25,7 @@ pub mod async_processor;
 pub mod buffer;
 pub mod cascade;
 pub mod certify;
+pub mod draft;
 pub mod drift;
 pub mod error;
 pub mod hidden;

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from sedac_hf import _core
 from sedac_hf.core.exit_heads import ExitBlock
 from sedac_hf.core.huge_pages import join_pages
+from sedac_hf.core.native_embedding import describe_embedding
 from sedac_hf.core.native_layers import (
     DTYPES,
     LayerSetting,
@@ -50,6 +51,7 @@ class NativeParts:
         layers: What it was told of each of them.
         heads: Layers of the exit heads; None for heads that run through torch.
         output: Final norm and head.
+        embedding: The base's embedding; None if it cannot be read in place.
         rotary: The base's rotary tables.
         tensors: Everything that was read, in the order of the modules.
         versioned: Those of them that count their changes; made in inference mode, they do not.
@@ -60,6 +62,7 @@ class NativeParts:
     layers: Sequence[_core.LayerWeights]
     heads: tuple[_core.LayerStack | None, ...]
     output: _core.OutputHead
+    embedding: _core.Embedding | None
     rotary: RotaryTables
     tensors: list[Tensor]
     versioned: list[Tensor]
@@ -203,7 +206,10 @@ class NativeModel:
         return [*self.shell.base.modules(), *(m for h in self.exit_heads for m in h.modules())]
 
     def _tensors(self, rotary: RotaryTables) -> list[Tensor]:
-        found = list(self.shell.base.parameters()) + rotary.tensors
+        base = self.shell.base
+        # An embedding may keep its scale in a buffer.
+        scales = list(base.get_input_embeddings().buffers())
+        found = list(base.parameters()) + scales + rotary.tensors
         for head in self.exit_heads:
             found += list(head.parameters())
         return found
@@ -232,6 +238,7 @@ class NativeModel:
             layers=layers,
             heads=tuple(self._head(head, settings) for head in self.exit_heads),
             output=self.output(base.get_output_embeddings()),
+            embedding=describe_embedding(base.get_input_embeddings()),
             rotary=rotary,
             tensors=tensors,
             versioned=_versioned(tensors),

@@ -129,7 +129,7 @@ class NativePass:
         Raises:
             NotNativeError: If a layer of the cache keeps its K/V in a way that cannot be read.
         """
-        self._look_again(thorough=True)
+        self.look_again(thorough=True)
         for layer in cache.layers:
             check_layer(layer)
         length = int(cache.get_seq_length())
@@ -142,7 +142,7 @@ class NativePass:
             raise NotNativeError("the cache is empty; run the prompt through the base first")
         self.begin(int(keys.shape[0]))
         for part, first, count in self._cache_layers():
-            own = self._cache(part)
+            own = self.cache(part)
             for i in range(count):
                 if first + i < len(cache.layers):
                     load_layer(own, i, cache.layers[first + i], length, self._shell.base.dtype)
@@ -161,14 +161,14 @@ class NativePass:
             for i in range(count):
                 # An empty cache makes its layers as they come; exit heads' are there or not wanted.
                 if part == BASE or first + i < len(cache.layers):
-                    append_slots(self._cache(part), i, cache, first + i, start, length, dtype)
+                    append_slots(self.cache(part), i, cache, first + i, start, length, dtype)
         self._loaded[:] = int(length.max())
 
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
         """See `RowPass.embed`; positions play no part in bases that run natively."""
         del positions
         # Every step begins here; to look at all weights in each of its calls would take long.
-        self._look_again()
+        self.look_again()
         with torch.no_grad():
             found: Tensor = self._shell.base.get_input_embeddings()(tokens)
             return found.float()
@@ -246,10 +246,8 @@ class NativePass:
 
     def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
         """See `RowPass.draft_top`."""
-        if self._draft is None:
-            output, words = self._parts.output, self._shell.vocabulary_size
-        else:
-            words, output = self._draft[0].out_features, self._draft[1]
+        output = self.draft_output
+        words = self._shell.vocabulary_size if self._draft is None else self._draft[0].out_features
 
         def give(states: FloatArray) -> tuple[IntArray, FloatArray]:
             found = np.empty((len(states), min(count, words)), np.int64)
@@ -275,17 +273,33 @@ class NativePass:
             whole.append(room)
         return cast(Arrays, tuple(whole))
 
+    @property
+    def draft_output(self) -> _core.OutputHead:
+        """From states to the words of drafts."""
+        return self._parts.output if self._draft is None else self._draft[1]
+
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
         if part != BASE and self._caches[part + 1] is None:
             return
         whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
-        self._cache(part).keep(*whole)
+        self.cache(part).keep(*whole)
 
-    def _look_again(self, *, thorough: bool = False) -> None:
-        """Notice what has changed of the weights since the last step."""
+    def look_again(self, *, thorough: bool = False) -> NativeParts:
+        """Notice what has changed of the weights since the last step.
+
+        Args:
+            thorough: See `NativeModel.parts`.
+
+        Returns:
+            What the Rust core is told of them by now.
+
+        Raises:
+            NotNativeError: If the base cannot run natively any more.
+        """
         if self._watching:
             self._parts = self._model.parts(thorough=thorough)
+        return self._parts
 
     def _run(
         self,
@@ -310,7 +324,7 @@ class NativePass:
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, shape[-1]).contiguous()
         if len(states):
             stack.run(
-                self._cache(part),
+                self.cache(part),
                 states.numpy(),
                 None if feedback is None else _flat(feedback),
                 np.ascontiguousarray(at.first, np.int64),
@@ -328,7 +342,8 @@ class NativePass:
         found[some] = states.view(hidden.shape)
         return found
 
-    def _cache(self, part: int) -> _core.KvCache:
+    def cache(self, part: int) -> _core.KvCache:
+        """K/V of a part; it must have rows."""
         cache = self._caches[part + 1] if part + 1 < len(self._caches) else None
         if cache is None:
             raise NotNativeError("the pass has no rows yet: call load or begin first")

@@ -67,14 +67,26 @@ class RotaryTables:
         Returns:
             For each kind, cosines and sines `[rows * n, rotated width]`.
         """
-        if not self._by_position:
+        tables = self.up_to(int(positions.max(initial=0)))
+        if tables is None:
             return self._compute(torch.from_numpy(positions))
-        tables = self._tables
-        most = int(positions.max(initial=0))
-        if not tables or most >= len(tables[0][0]):
-            tables = self._grown(most)
         flat = positions.reshape(-1)
         return [(cos[flat], sin[flat]) for cos, sin in tables]
+
+    def up_to(self, most: int) -> list[tuple[FloatArray, FloatArray]] | None:
+        """Tables of all positions up to one of them, at least.
+
+        Args:
+            most: The position.
+
+        Returns:
+            For each kind, cosines and sines `[positions, rotated width]`; None where they depend on
+            more than a position.
+        """
+        if not self._by_position:
+            return None
+        tables = self._tables
+        return tables if tables and most < len(tables[0][0]) else self._grown(most)
 
     def _grown(self, most: int) -> list[tuple[FloatArray, FloatArray]]:
         with self._lock:

@@ -51,6 +51,12 @@ def _least_length(processor: Any) -> int:
     return int(processor.prompt_length_to_skip + processor.min_new_tokens)
 
 
+def _ends_of(processor: Any) -> list[int]:
+    """Tokens that such a processor holds back."""
+    ends: list[int] = processor.eos_token_id.reshape(-1).tolist()
+    return ends
+
+
 def processors_by_row(processors: LogitsProcessorList) -> bool:
     """Whether processors may be asked about rows of a batch that differ in length.
 
@@ -90,7 +96,7 @@ class TokenChooser:
         only_ends = all(type(each) in _ONLY_ENDS for each in processors)
         self._is_greedy = only_ends and not sample
         ends = list(processors) if self._is_greedy else []
-        self._ends = {end for each in ends for end in each.eos_token_id.reshape(-1).tolist()}
+        self._ends = {end for each in ends for end in _ends_of(each)}
         self._noise: dict[int, Tensor] = {}
         self._drawn = 0
 
@@ -113,6 +119,13 @@ class TokenChooser:
         if token not in self._ends:
             return True
         return all(texts.length(row) >= _least_length(each) for each in self._processors)
+
+    def least_lengths(self) -> list[tuple[int, list[int]]]:
+        """Tokens that a text must have, prompt included, before it may be given some others.
+
+        All that processors do where a chooser `takes_best`.
+        """
+        return [(_least_length(each), _ends_of(each)) for each in self._processors]
 
     def choose(
         self, texts: RowTexts, rows: Sequence[int], logits: Tensor, named: NameDraft | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 
 __all__ = ["PassCosts", "Tally"]
 
@@ -70,6 +71,10 @@ class PassCosts:
         begin, end = self._seen[low].value, self._seen[high].value
         slope = max(end - begin, 0.0) / (high - low)
         return max(begin + slope * (nodes - low), 0.0)
+
+    def of_all(self, sizes: Iterable[int]) -> list[float]:
+        """Seconds that passes over some numbers of nodes take."""
+        return [self.of(nodes) for nodes in sizes]
 
     def add(self, nodes: int, seconds: float) -> None:
         """Take in what a pass took; other sizes follow slowly, since a longer text slows all."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,12 @@ from sedac_hf.generation.prompt_lookup import find_continuation
 from sedac_hf.generation.row_state import chain_mask, gather_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.row_pass import RowPass
-    from sedac_hf.generation.acceptance import TokenChooser, Walk
+    from sedac_hf.generation.acceptance import TokenChooser
+    from sedac_hf.generation.core_cycles import CoreCycles
     from sedac_hf.generation.governor import Cycle, Governor
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
@@ -32,6 +34,14 @@ if TYPE_CHECKING:
 __all__ = ["ExactLoop"]
 
 IntArray = npt.NDArray[np.int64]
+
+
+class _Accepted(NamedTuple):
+    """What rows that took part in a cycle were given: drafts, nodes that stay, tokens."""
+
+    trees: Sequence[DraftTree]
+    paths: Sequence[Sequence[int]]
+    words: Sequence[Sequence[int]]
 
 
 class ExactLoop:
@@ -55,6 +65,7 @@ class ExactLoop:
         rests: bool = False,
         clock: Callable[[], float] = time.perf_counter,
         meter: CallMeter | None = None,
+        core: CoreCycles | None = None,
     ) -> None:
         """Prepare to decode.
 
@@ -70,6 +81,7 @@ class ExactLoop:
             rests: Whether nobody wants K/V of rows behind their end.
             clock: Seconds.
             meter: Reports the tokens to a collector.
+            core: Runs each cycle as one call, where it can be.
         """
         self.stats = DraftStats()
         self._run = run
@@ -81,6 +93,7 @@ class ExactLoop:
         self._governor = governor
         self._clock = clock
         self._meter = meter
+        self._core = core
         self._rests = rests
         self._roots = np.zeros(state.rows, np.int64)
         self._loaded = state.length.copy()
@@ -105,8 +118,27 @@ class ExactLoop:
 
     def cycle(self) -> None:
         """Draft, verify and accept once."""
-        state, texts, governor = self._state, self._texts, self._governor
+        texts, core = self._texts, self._core
         started, alive, had = self._clock(), ~texts.done, texts.new.copy()
+        cycle = self._governor.begin()
+        done = self._step_by_step(cycle, alive) if core is None else self._in_core(cycle, core)
+        cycle.gain = _least_gain(had, texts.new, ~texts.done)
+        cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
+        cycle.rows, cycle.is_whole = len(done.trees), bool(alive.all())
+        cycle.tokens = sum(map(len, done.paths))
+        self._report(cycle, done)
+
+    def _in_core(self, cycle: Cycle, core: CoreCycles) -> _Accepted:
+        """A cycle as one call."""
+        outcome = core.run(self._governor.plan(), asks=cycle.on)
+        core.say(outcome)
+        cycle.nodes, cycle.drafted = outcome.nodes, outcome.drafted
+        cycle.levels, cycle.verify = outcome.levels, outcome.verify
+        return _Accepted(outcome.trees, outcome.paths, outcome.words)
+
+    def _step_by_step(self, cycle: Cycle, alive: npt.NDArray[np.bool_]) -> _Accepted:
+        """A cycle as many calls of the pass."""
+        state, texts = self._state, self._texts
         trees = [
             DraftTree(
                 int(self._roots[row]),
@@ -117,52 +149,42 @@ class ExactLoop:
         ]
         if self._rests:
             self._run.rest(texts.done)
-        cycle = governor.begin()
         entered = self._draft(trees, alive, cycle)
         begun = self._clock()
         hidden, final = self._verify(trees, entered)
         found = walk(self._chooser, texts, trees, self._run, final)
         self._run.keep(BASE, state.length, found.path, found.counts)
         cycle.verify = self._clock() - begun
+        cycle.nodes = len(trees[0])
         if self._head is not None:
             self._head.settled(hidden, final, found.path, found.counts)
         if self._finals is not None:
             self._finals.append((gather_nodes(final, found.path), found.counts))
         state.length = state.length + found.counts
         self._roots = found.roots
-        cycle.gain = _least_gain(had, texts.new, ~texts.done)
-        cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
-        self._report(cycle, trees, found, alive)
-
-    def _report(
-        self,
-        cycle: Cycle,
-        trees: Sequence[DraftTree],
-        found: Walk,
-        alive: npt.NDArray[np.bool_],
-    ) -> None:
-        """Tell the governor how it went."""
         rows = np.flatnonzero(alive).tolist()
-        cycle.nodes, cycle.rows = len(trees[0]), len(rows)
-        cycle.is_whole = bool(alive.all())
-        cycle.tokens = int(found.counts.sum())
+        own = [trees[row] for row in rows]
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
-        self._governor.end(cycle, [trees[row] for row in rows], paths)
+        words = []
+        for row, tree, path in zip(rows, own, paths, strict=True):
+            tokens = tree.tokens
+            words.append([*(tokens[node] for node in path[1:]), int(found.roots[row])])
+        return _Accepted(own, paths, words)
+
+    def _report(self, cycle: Cycle, done: _Accepted) -> None:
+        """Tell the governor, the figures and the meter how it went."""
+        self._governor.end(cycle, done.trees, done.paths)
         self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
         drafts, sources = 0, []
-        for row, path in zip(rows, paths, strict=True):
-            tree = trees[row]
-            real = [d for d, o in zip(tree.depths, tree.origins, strict=True) if o != BLANK]
-            origins = [tree.origins[node] for node in path[1:]]
+        for tree, path in zip(done.trees, done.paths, strict=True):
+            all_origins = tree.origins
+            real = [d for d, o in zip(tree.depths, all_origins, strict=True) if o != BLANK]
+            origins = [all_origins[node] for node in path[1:]]
             self.stats.add_tree(max(real), [NAMES[origin] for origin in origins])
             drafts += len(real) - 1
             sources.append([*origins, ROOT])
         if self._meter is not None:
-            tokens = [
-                [*(trees[row].tokens[node] for node in path[1:]), int(found.roots[row])]
-                for row, path in zip(rows, paths, strict=True)
-            ]
-            self._meter.gained(tokens, sources, drafts)
+            self._meter.gained(done.words, sources, drafts)
 
     def _draft(
         self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], cycle: Cycle

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from sedac_hf._core import DraftPlan
 from sedac_hf.generation.costs import PassCosts, Tally
 from sedac_hf.generation.draft_tree import HEAD, LOOKUP
 
@@ -119,6 +120,7 @@ class Governor:
             for matched, guess in guesses.items()
         }
         self._lock = threading.Lock()
+        self._plan: DraftPlan | None = None
         self._cycles = self._tried = self._since_try = 0
         self._wait = _FIRST_WAIT
         self._look, self._since_look = _FIRST_LOOK, 0
@@ -192,6 +194,7 @@ class Governor:
     def begin(self) -> Cycle:
         """Start a cycle; says whether the head may be asked."""
         with self._lock:
+            self._plan = None
             return self._begin()
 
     def _begin(self) -> Cycle:
@@ -222,56 +225,42 @@ class Governor:
             self._wait = _FIRST_WAIT
         return Cycle(on=True)
 
+    def plan(self) -> DraftPlan:
+        """How much to draft, by what is known as this cycle begins."""
+        plan = self._plan
+        if plan is None:
+            # No tree has more nodes than this: what drafts put up, or what all levels must have.
+            sizes = range(1, max(self.most_nodes, 1 + self.most_levels * self.width) + 1)
+            plan = self._plan = DraftPlan(
+                most_nodes=self.most_nodes,
+                most_levels=self.most_levels,
+                width=self.width,
+                trust=[each.value for each in self._trust],
+                covered=[each.value for each in self._covered],
+                found=[[each.value for each in own] for own in self._found.values()],
+                levels=[each.value for each in self._level],
+                full=self._full.of_all(sizes),
+                tail=None if self._tail is None else self._tail.of_all(sizes),
+                rate=self.rate,
+                share=self.share,
+            )
+        return plan
+
     def trust(self, depth: int) -> float:
-        """By what to multiply the head's probability of a child at `depth`."""
-        return min(self._trust[min(depth, _DEEPEST)].value, 1.0)
+        """See `DraftPlan.trust`."""
+        return self.plan().trust(depth)
 
     def found_scores(self, matched: int, count: int) -> list[float]:
-        """Probability that each token of a continuation found in the text is right.
-
-        Args:
-            matched: Tokens that matched.
-            count: Tokens of the continuation.
-        """
-        tallies, scores, chance = self._found[min(matched, _LONGEST)], [], 1.0
-        for step in range(count):
-            chance *= min(tallies[min(step + 1, _DEEPEST)].value, 1.0)
-            scores.append(chance)
-        return scores
+        """See `DraftPlan.found_scores`."""
+        return self.plan().found_scores(matched, count)
 
     def worth_a_level(self, level: int, parents: float, depth: int) -> bool:
-        """Whether one more call of the head promises more than its time would bring otherwise.
-
-        Args:
-            level: Calls so far.
-            parents: Sum of the probabilities of the nodes that it would expand, mean of the rows.
-            depth: Their depth.
-        """
-        if level >= self.most_levels:
-            return False
-        gain = parents * self._covered[min(depth + 1, _DEEPEST)].value * self.share
-        return gain > self.rate * self._level[level].value
+        """See `DraftPlan.worth_a_level`."""
+        return self.plan().worth_a_level(level, parents, depth)
 
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
-        """Nodes to verify.
-
-        Args:
-            scores: Of each row, the probability of every node, those that must be verified first.
-            least: How many must be.
-            drafted: Whether the head has run the early layers.
-        """
-        costs = self._tail if drafted and self._tail is not None else self._full
-        rows, rate = len(scores), self.rate
-        most = max((len(row) for row in scores), default=0)
-        best, best_size, gain = float("-inf"), max(least, 1), 0.0
-        for size in range(1, most + 1):
-            more = sum(row[size - 1] for row in scores if len(row) >= size) / rows
-            gain += more if size == 1 else more * self.share
-            if size >= least:
-                net = gain - rate * costs.of(size)
-                if net > best:
-                    best, best_size = net, size
-        return best_size
+        """See `DraftPlan.best_size`."""
+        return self.plan().best_size(scores, least, drafted)
 
     def end(self, cycle: Cycle, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]) -> None:
         """Learn from a cycle.
@@ -287,6 +276,7 @@ class Governor:
     def _end(
         self, cycle: Cycle, trees: Sequence[DraftTree], paths: Sequence[Sequence[int]]
     ) -> None:
+        self._plan = None
         if cycle.is_whole:
             self._time(cycle)
         self._tried += cycle.on
@@ -315,20 +305,23 @@ class Governor:
 
     def _learn(self, tree: DraftTree, kept: set[int], drafted: bool) -> None:
         """Which of the nodes whose parent was accepted were right themselves."""
-        for node in range(1, len(tree)):
-            parent, depth = tree.parents[node], min(tree.depths[node], _DEEPEST)
+        # Each attribute of a tree is a list made anew.
+        parents, depths, scores = tree.parents, tree.depths, tree.scores
+        for node, origin in enumerate(tree.origins):
+            parent, depth = parents[node], min(depths[node], _DEEPEST)
             if parent not in kept:
                 continue
-            chance = tree.scores[node] / max(tree.scores[parent], 1e-9)
-            if tree.origins[node] == HEAD and chance > 0:
-                self._trust[depth].add(float(node in kept), chance / max(self.trust(depth), 1e-3))
-            elif tree.origins[node] == LOOKUP:
+            chance = scores[node] / max(scores[parent], 1e-9)
+            if origin == HEAD and chance > 0:
+                trust = min(self._trust[depth].value, 1.0)
+                self._trust[depth].add(float(node in kept), chance / max(trust, 1e-3))
+            elif origin == LOOKUP:
                 self._found[min(tree.matched, _LONGEST)][depth].add(float(node in kept))
         if not drafted:
             return
         for node in kept & tree.expanded:
-            depth = min(tree.depths[node] + 1, _DEEPEST)
-            self._covered[depth].add(float(any(tree.parents[child] == node for child in kept)))
+            depth = min(depths[node] + 1, _DEEPEST)
+            self._covered[depth].add(float(any(parents[child] == node for child in kept)))
 
     def to_dict(self) -> dict[str, Any]:
         """What it has measured and decided, as JSON values."""

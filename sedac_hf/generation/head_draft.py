@@ -31,7 +31,16 @@ class HeadDraft:
 
     Its cache holds every settled position computed from the true final state of the position
     before. Accepted drafts were computed from stand-ins, so they are redone, together with the
-    next root, in the first call of the next draft.
+    next root, in the first call of the next draft. `draft::grow` of the Rust core does the same
+    within a whole cycle.
+
+    Attributes:
+        k: Index of the head.
+        layer: Layer of its checkpoint, -1 for the embedding.
+        feeds: Whether it takes deep feedback.
+        tokens: Token ids of the draft vocabulary; None for all.
+        last: Final-layer state of each row's last settled position, `[rows, 1, width]`.
+        hits: How often the base's choice is among the head's first 1, 2, 4 and 8, if known.
     """
 
     def __init__(
@@ -63,12 +72,12 @@ class HeadDraft:
         self._root: tuple[Tensor, Tensor] | None = None  # states before and behind the head
         self.k = k
         self.layer = spec.layer_idx
-        self._feeds = spec.feedback
+        self.feeds = spec.feedback
         self._run = run
         self._state = state
-        self._tokens = None if tokens is None else np.asarray(tokens.cpu())
+        self.tokens = None if tokens is None else np.asarray(tokens.cpu())
         self._length = state.length.copy()
-        self._last = last
+        self.last = last
         self._has_root = False
         # Positions that the head's cache lacks: states at the checkpoint, and the final-layer
         # states of their predecessors, `[rows, most, width]` each.
@@ -153,7 +162,7 @@ class HeadDraft:
         if self._watch is not None and self._root is not None:
             self._watch.see(*self._root, kept[:, :1], (counts > 0)[:, None])
             self._root = None
-        before = torch.cat([self._last, kept[:, :-1]], dim=1)
+        before = torch.cat([self.last, kept[:, :-1]], dim=1)
         skip = 1 if self._has_root else 0
         new = np.maximum(counts - skip, 0)
         order = np.arange(int((self._counts + new).max()))
@@ -167,7 +176,7 @@ class HeadDraft:
         self._counts = self._counts + new
         at = np.maximum(counts - 1, 0)[:, None]
         stays = torch.from_numpy(counts == 0).to(kept.device).view(-1, 1, 1)
-        self._last = torch.where(stays, self._last, gather_nodes(kept, at))
+        self.last = torch.where(stays, self.last, gather_nodes(kept, at))
         self._has_root = False
 
     def _redo_and_root(self, root: Tensor, alive: npt.NDArray[np.bool_]) -> Tensor:
@@ -177,7 +186,7 @@ class HeadDraft:
         # Behind a row's own positions stands its root, over and over.
         own = np.where(order < self._counts[:, None], order, most)
         hidden = gather_nodes(torch.cat([self._pending[:, :most], root], dim=1), own)
-        feedback = gather_nodes(torch.cat([self._before[:, :most], self._last], dim=1), own)
+        feedback = gather_nodes(torch.cat([self._before[:, :most], self.last], dim=1), own)
         steps = np.minimum(order, self._counts[:, None])
         at = self._state.place(steps, chain_mask(self._counts + 1, most + 1), self._length)
         states = self._head(hidden, feedback, at)
@@ -195,7 +204,7 @@ class HeadDraft:
         return found
 
     def _head(self, hidden: Tensor, feedback: Tensor, at: Placement) -> Tensor:
-        return self._run.head(self.k, hidden, feedback if self._feeds else None, at)
+        return self._run.head(self.k, hidden, feedback if self.feeds else None, at)
 
     def _offer(
         self, trees: Sequence[DraftTree], states: Tensor, nodes: IntArray, governor: Governor
@@ -203,9 +212,10 @@ class HeadDraft:
         """Put up the most probable continuations of some nodes."""
         tokens, chances = self.candidates(states, governor.most_nodes - 1)
         for row, tree in enumerate(trees):
+            depths, scores = tree.depths, tree.scores
             for column, node in enumerate(nodes[row].tolist()):
-                if tree.scores[node] > 0:  # no blank
-                    trust = governor.trust(tree.depths[node] + 1)
+                if scores[node] > 0:  # no blank
+                    trust = governor.trust(depths[node] + 1)
                     own = [chance * trust for chance in chances[row][column]]
                     tree.offer(node, tokens[row][column], own)
 
@@ -219,7 +229,7 @@ class HeadDraft:
             most: Candidates a node.
         """
         places, chances = self._run.draft_top(states, most)
-        ids = places if self._tokens is None else self._tokens[places]
+        ids = places if self.tokens is None else self.tokens[places]
         return ids.tolist(), chances.tolist()
 
     def trial(self, tokens: IntArray) -> None:

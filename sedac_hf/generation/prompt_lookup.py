@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from sedac_hf import _core
+
 __all__ = ["LookupHit", "find_continuation"]
 
 IntArray = npt.NDArray[np.int64]
@@ -38,20 +40,10 @@ def find_continuation(
     Returns:
         The hit, or None.
     """
-    length = len(text)
-    if most < 1 or length <= shortest:
+    if most < 1:
         return None
-    # Occurrences of the last token that have something behind them; longer matches end there too.
-    ends = np.flatnonzero(text[: length - 1] == text[-1])
-    best: tuple[int, int] | None = None
-    for size in range(2, longest + 1):
-        ends = ends[ends >= size - 1]
-        ends = ends[text[ends - (size - 1)] == text[length - size]]
-        if not len(ends):
-            break
-        if size >= shortest:
-            best = int(ends[-1]), size
-    if best is None:
+    hit = _core.find_continuation(np.ascontiguousarray(text, np.int64), shortest, longest)
+    if hit is None:
         return None
-    end, matched = best
-    return LookupHit(text[end + 1 : end + 1 + most], matched)
+    start, matched = hit
+    return LookupHit(text[start : start + most], matched)

@@ -104,6 +104,16 @@ class RowTexts:
         """Whether scores or logits of each token are to be kept."""
         return self._scores is not None or self._logits is not None
 
+    @property
+    def ends_by_tokens(self) -> bool:
+        """Whether nothing but `ends` and `remaining` stops a row."""
+        return not self._others
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a row."""
+        return self._ends
+
     def remaining(self, row: int) -> int:
         """Tokens that a row may still be given."""
         return 0 if self.done[row] else int(self._most - self.new[row])

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sedac_hf.core.row_pass import FloatArray, IntArray, Mask, RowPass
     from sedac_hf.core.session import ExitSession
     from sedac_hf.generation.acceptance import TokenChooser
+    from sedac_hf.generation.core_cycles import CoreCycles
     from sedac_hf.generation.exit_governor import ExitGovernor
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts
@@ -55,6 +56,7 @@ class SettleLoop:
         max_pending: int = 8,
         keeps_states: bool = False,
         rests: bool = False,
+        core: CoreCycles | None = None,
     ) -> None:
         """Prepare to decode.
 
@@ -69,6 +71,7 @@ class SettleLoop:
             max_pending: Tokens that may wait for their tails.
             keeps_states: Whether `settle` will be asked for the states of all tokens.
             rests: Whether nobody wants K/V of rows behind their end.
+            core: Runs each step as one call, where nothing leaves and it can be.
         """
         self._run = run
         self._parts = parts
@@ -79,6 +82,7 @@ class SettleLoop:
         self._last = last
         self._max_pending = max_pending
         self._rests = rests
+        self._core = core
         rules = () if session.cascade is None else session.cascade.config.layers
         self._temperatures = [layer.temperature for layer in rules]
         # Heads that have not followed the prompt cannot be asked.
@@ -129,6 +133,8 @@ class SettleLoop:
 
     def _advance(self, acts: bool) -> None:
         """One token for every row that goes on."""
+        if self._core is not None:
+            return self._advance_in_core(self._core)
         if self._rests:
             self._run.rest(self._texts.done)
         output, record = self._step(acts)
@@ -136,6 +142,18 @@ class SettleLoop:
             self._say(self._run.best(output)[0][:, 0], output, record)
         else:
             self._choose(self._run.logits(output)[:, 0], record)
+
+    def _advance_in_core(self, core: CoreCycles) -> None:
+        """The same as one call; all go through every layer."""
+        outcome = core.run()
+        rows, parts = self._state.rows, self._parts
+        record = StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
+        going = self._commit(record)
+        core.say(outcome)
+        for row, words in zip(outcome.rows, outcome.words, strict=True):
+            self._tokens[row] = words[-1]
+        self.tails += len(outcome.rows)
+        self._tell(record, going)
 
     def settle(self) -> Tensor:
         """Run everything that still waits, heads included.

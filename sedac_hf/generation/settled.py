@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sedac_hf.generation.acceptance import TokenChooser
+from sedac_hf.generation.core_cycles import core_cycles
 from sedac_hf.generation.exact_call import outcome
 from sedac_hf.generation.exit_governor import ExitGovernor, is_governed
 from sedac_hf.generation.prompt import read_prompt
@@ -47,10 +48,14 @@ def decode_settled(
     state = prompt.state
     texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
+    core = None
+    if session.cascade is None and session.watch is None and not prompt.stores:
+        core = core_cycles(prompt.run, state, texts, chooser)
     kind = SoftPassLoop if session.is_soft else SettleLoop
     loop = kind(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
         max_pending=model.config.max_pending, keeps_states=prompt.stores, rests=not prompt.stores,
+        core=core,
     )  # fmt: skip
     governor = _governor(prompt.choice, session, state.rows)
     loop.decode(prompt.logits, governor)

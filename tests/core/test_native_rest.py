@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sedac_hf import SedacForCausalLM
 from sedac_hf.core.native_pass import NativePass
-from tests.native import LENGTH, behind, prompted, started
+from tests.native import LENGTH, behind, prompted, started, step_by_step
 from tests.tiny_models import build_tiny, prompt
 
 GIVEN = {"max_new_tokens": 24, "pad_token_id": 0, "do_sample": False}
@@ -81,7 +81,8 @@ def test_texts_that_end_early_leave_the_others_as_they_are(mode, llama, monkeypa
         own(self, done)
 
     monkeypatch.setattr(NativePass, "rest", spy)
-    found = model.generate(ids, eos_token_id=stop, sedac_mode=mode, **GIVEN)
+    with step_by_step():
+        found = model.generate(ids, eos_token_id=stop, sedac_mode=mode, **GIVEN)
     assert model.exit_stats.runs_on == "native"
     assert torch.equal(found, expected)
     assert max(rested) >= 1

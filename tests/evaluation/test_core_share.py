@@ -32,13 +32,13 @@ def test_every_mode_has_a_share_of_its_steps(model: SedacForCausalLM) -> None:
 def test_what_the_interpreter_does_counts_as_outside(
     model: SedacForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    embed = NativePass.embed
+    look = NativePass.look_again
 
-    def slow(self: NativePass, *rest: Any) -> Any:
+    def slow(self: NativePass, **values: Any) -> Any:
         time.sleep(0.01)
-        return embed(self, *rest)
+        return look(self, **values)
 
-    monkeypatch.setattr(NativePass, "embed", slow)
+    monkeypatch.setattr(NativePass, "look_again", slow)
     [plain] = measure_core_share(model, PROMPT, ("plain",), tokens=14)
     assert plain.outside_ms > 10
     assert plain.step_ms > plain.outside_ms

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sedac_hf.generation.draft_tree import BLANK, HEAD, LOOKUP, ROOT, DraftTree, stack_trees
+from tests.generation.plain_drafts import PlainTree
 
 
 def test_the_most_probable_paths_are_taken_first() -> None:
@@ -103,3 +104,64 @@ def test_nodes_that_are_given_up_can_no_longer_be_reached() -> None:
     assert (len(tree), tree.tokens, tree.depths) == (2, [9, 1], [0, 1])
     assert (tree.child(0, 1), tree.child(0, 2)) == (1, None)
     assert tree.expanded == {0}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_tree_of_the_core_is_the_one_in_plain_words(seed: int) -> None:
+    """Whatever is put up, taken, given up and filled: every node is the same."""
+    random = np.random.default_rng(seed)
+    limit, chain = int(random.integers(0, 6)), seed % 4 == 3
+    trees = DraftTree(9, limit, chain=chain), PlainTree(9, limit, chain=chain)
+    found = random.integers(0, 6, 5).tolist(), np.sort(random.random(5))[::-1].tolist()
+    if seed % 3:
+        for tree in trees:
+            tree.offer_path(*found, 3)
+    for _ in range(10):
+        act, count = random.integers(0, 5), int(random.integers(0, 4))
+        known = len(trees[0]) if random.random() < 0.5 else None
+        node = int(random.integers(0, len(trees[0])))
+        tokens = random.permutation(6)[:4].tolist()
+        chances = np.sort(random.random(4))[::-1].tolist()
+        if random.random() < 0.1:
+            chances[0] = float(random.choice([np.nan, np.inf, 0.0]))
+        for tree in trees:
+            if act < 2:
+                tree.offer(node, tokens, chances)
+            elif act < 4:
+                taken = tree.take(count, least=0.05 * count, known=known)
+                assert taken == list(range(len(tree) - len(taken), len(tree)))
+            else:
+                tree.pad(len(tree) + count % 2)
+        own, plain = trees
+        for name in ("tokens", "parents", "scores", "depths", "origins", "ranks", "expanded"):
+            assert getattr(own, name) == getattr(plain, name), name
+        assert own.matched == plain.matched
+        assert own.next_scores(9) == plain.next_scores(9)
+        for parent in range(len(own)):
+            assert [own.child(parent, t) for t in range(6)] == [
+                plain.child(parent, t) for t in range(6)
+            ]
+    size = len(trees[0]) // 2 + 1
+    for tree in trees:
+        tree.cut(size)
+    assert trees[0].tokens == trees[1].tokens
+
+
+def test_blanks_that_are_given_up_take_no_child_with_them() -> None:
+    tree = DraftTree(7, limit=4)
+    tree.offer(0, [7], [0.5])
+    tree.take(1)
+    tree.pad(3)
+    tree.cut(2)
+    assert tree.child(0, 7) == 1, "it has the token that blanks have"
+
+
+def test_what_is_wrong_is_refused() -> None:
+    tree = DraftTree(9, limit=4)
+    with pytest.raises(ValueError, match="a node of the tree"):
+        tree.offer(1, [1], [0.5])
+    with pytest.raises(ValueError, match="one for each token"):
+        tree.offer(0, [1, 2], [0.5])
+    with pytest.raises(ValueError, match="one for each token"):
+        tree.offer_path([1], [], 2)
+    assert tree.take(-3) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from transformers import DynamicCache
 
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import RowPass
+from sedac_hf.generation.core_cycles import CoreCycles
 from tests.generation.test_settled import settled
+from tests.native import step_by_step
 from tests.tiny_models import VOCABULARY, build_tiny
 from tests.wrapping import wrap
 
@@ -32,15 +35,21 @@ def padded(rows: int = 3, length: int = 6) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Nodes of each native call of layers from now on."""
+    """Nodes of each native call of layers, and of each whole cycle, from now on."""
     calls: list[int] = []
-    run = NativePass.layers
+    run, cycle = NativePass.layers, CoreCycles.run
 
     def counted(self: NativePass, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
         calls.append(int(hidden.shape[1]))
         return run(self, hidden, *rest)
 
+    def counted_cycle(self: CoreCycles, *rest: Any, **values: Any) -> Any:
+        outcome = cycle(self, *rest, **values)
+        calls.append(outcome.nodes)
+        return outcome
+
     monkeypatch.setattr(NativePass, "layers", counted)
+    monkeypatch.setattr(CoreCycles, "run", counted_cycle)
     return calls
 
 
@@ -174,10 +183,11 @@ def test_a_call_that_no_pass_serves_says_why() -> None:
     assert "hidden states" in model.exit_stats.runs_on_reason
 
 
+@pytest.mark.parametrize("in_core", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "plain"])
 @pytest.mark.parametrize("least", ["min_new_tokens", "min_length"])
 def test_a_least_length_holds_without_looking_at_all_logits(
-    mode: str, least: str, monkeypatch: pytest.MonkeyPatch
+    mode: str, least: str, in_core: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = build_tiny("llama")
     model, given = wrap(base, {-1: "feedback"}), padded()
@@ -194,9 +204,10 @@ def test_a_least_length_holds_without_looking_at_all_logits(
         return logits(self, hidden)
 
     monkeypatch.setattr(NativePass, "logits", counted)
-    assert torch.equal(model.generate(**given, **values, sedac_mode=mode), expected)
+    with nullcontext() if in_core else step_by_step():
+        assert torch.equal(model.generate(**given, **values, sedac_mode=mode), expected)
     assert not torch.equal(expected[:, 6:20], free), "the least length has changed the text"
-    assert 1 < len(looks) < 1 + 9 * 3
+    assert len(looks) == 1 if in_core else 1 < len(looks) < 1 + 9 * 3
     looks.clear()
     model.generate(**given, **GIVEN, sedac_mode=mode)
     assert len(looks) == 1, "the prompt's alone"

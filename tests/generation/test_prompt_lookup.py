@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from sedac_hf.generation.prompt_lookup import find_continuation
+from tests.generation.plain_drafts import plain_continuation
 
 
 def found(text: list[int], **values: int) -> tuple[list[int], int] | None:
@@ -38,3 +40,15 @@ def test_no_more_than_asked_for() -> None:
 def test_no_longer_match_than_asked_for_is_looked_at() -> None:
     text = [1, 2, 3, 7, 2, 3, 8, 1, 2, 3]
     assert found(text, longest=2) == ([8, 1, 2], 2)
+
+
+@pytest.mark.parametrize("words", [2, 3, 6])
+def test_it_is_found_as_in_plain_words(words: int) -> None:
+    random, hits = np.random.default_rng(words), 0
+    for _ in range(200):
+        text = random.integers(0, words, random.integers(0, 40))
+        most, longest, shortest = (int(n) for n in random.integers((0, 1, 1), (6, 7, 5)))
+        expected = plain_continuation(text, most, longest, shortest)
+        hits += expected is not None
+        assert found(text.tolist(), most=most, longest=longest, shortest=shortest) == expected
+    assert hits > 30

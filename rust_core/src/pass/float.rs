@@ -7,28 +7,6 @@ use super::instructions::Instructions;
 use super::lanes::Lanes;
 use super::multiply::{Fused, Multiply};
 
-/// How a matrix or a cache keeps its numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Float {
-    /// 32-bit floats.
-    F32,
-    /// Brain floats.
-    Bf16,
-    /// IEEE half floats.
-    F16,
-}
-
-impl Float {
-    /// Bytes of one number.
-    #[must_use]
-    pub fn size(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::Bf16 | Self::F16 => 2,
-        }
-    }
-}
-
 /// Runs an expression with `$element` as the type that a [`Float`] names.
 macro_rules! by_float {
     ($float:expr, $element:ident => $body:expr) => {
@@ -49,6 +27,34 @@ macro_rules! by_float {
     };
 }
 pub(crate) use by_float;
+
+/// How a matrix or a cache keeps its numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Float {
+    /// 32-bit floats.
+    F32,
+    /// Brain floats.
+    Bf16,
+    /// IEEE half floats.
+    F16,
+}
+
+impl Float {
+    /// Bytes of one number.
+    #[must_use]
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+
+    /// A number as this type would hold it.
+    #[must_use]
+    pub fn rounded(self, value: f32) -> f32 {
+        by_float!(self, E => E::from_f32(value).to_f32())
+    }
+}
 
 /// Numbers that one step of a sum takes.
 pub const STEP: usize = 16;

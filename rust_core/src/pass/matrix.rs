@@ -1,6 +1,6 @@
 //! A matrix that somebody else owns.
 
-use super::float::Float;
+use super::float::{Element, Float, by_float};
 use crate::error::{CoreError, Result};
 
 /// A row-major matrix `[rows, columns]` whose memory is kept by its owner.
@@ -57,6 +57,18 @@ impl Matrix {
     #[must_use]
     pub fn float(&self) -> Float {
         self.float
+    }
+
+    /// Writes a row's numbers to `to`, as f32.
+    pub(crate) fn read_row(&self, row: usize, to: &mut [f32]) {
+        assert!(row < self.rows && to.len() == self.columns, "a row of another matrix");
+        by_float!(self.float, E => {
+            let from = self.row::<E>(row);
+            for (column, to) in to.iter_mut().enumerate() {
+                // SAFETY: within the row; `from_address` asks that it is there.
+                *to = unsafe { *from.add(column) }.to_f32();
+            }
+        });
     }
 
     /// Where row `row` begins.

@@ -13,6 +13,7 @@ mod avx2;
 mod avx512;
 pub mod cache;
 pub mod dot;
+pub mod embedding;
 pub mod float;
 pub mod heads;
 pub mod inputs;

@@ -6,6 +6,8 @@ mod async_processor;
 mod buffer;
 mod cascade;
 mod certify;
+mod cycle;
+mod draft;
 mod drift;
 mod output;
 mod pass;
@@ -57,6 +59,10 @@ mod _core {
     use super::cascade::Cascade;
     #[pymodule_export]
     use super::certify::{betting_p_value, fixed_sequence, hoeffding_bentkus_p_value};
+    #[pymodule_export]
+    use super::cycle::{CycleOutcome, Embedding, GreedyCycle};
+    #[pymodule_export]
+    use super::draft::{DraftPlan, DraftTree, find_continuation};
     #[pymodule_export]
     use super::drift::{histogram, kl_divergence};
     #[pymodule_export]

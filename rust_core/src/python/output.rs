@@ -11,7 +11,7 @@ use crate::pass::output::Head;
 
 /// A final norm and an output layer.
 #[pyclass(module = "sedac_hf._core", frozen)]
-pub(super) struct OutputHead(Head);
+pub(super) struct OutputHead(pub(super) Head);
 
 fn gaps(name: &'static str) -> CoreError {
     CoreError::Layout { name, expected: "a C-contiguous array", found: "gaps".into() }

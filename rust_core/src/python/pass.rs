@@ -6,7 +6,7 @@
 use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2};
 use pyo3::prelude::*;
 
-use super::arrays::slice;
+use super::arrays::{slice, table};
 use super::spent::Spent;
 use crate::error::{CoreError, Result, check_length};
 use crate::pass::activation::Activation;
@@ -28,7 +28,7 @@ pub(super) type LinearArgs<'py> = (MatrixArgs, Option<PyReadonlyArray1<'py, f32>
 /// Weight and eps.
 pub(super) type NormArgs<'py> = (PyReadonlyArray1<'py, f32>, f32);
 /// Cosines and sines, `[tokens, width]`.
-type RotationArgs<'py> = (PyReadonlyArray2<'py, f32>, PyReadonlyArray2<'py, f32>);
+pub(super) type RotationArgs<'py> = (PyReadonlyArray2<'py, f32>, PyReadonlyArray2<'py, f32>);
 
 /// A layer as Python describes it, see `LayerWeights` in the stub.
 #[derive(FromPyObject)]
@@ -57,7 +57,7 @@ struct LayerArgs<'py> {
     activation: String,
 }
 
-fn matrix((address, rows, columns, dtype): MatrixArgs) -> Result<Matrix> {
+pub(super) fn matrix((address, rows, columns, dtype): MatrixArgs) -> Result<Matrix> {
     let float = match dtype.as_str() {
         "f32" => Float::F32,
         "bf16" => Float::Bf16,
@@ -123,11 +123,21 @@ fn layer(args: LayerArgs<'_>) -> Result<Layer> {
 }
 
 /// Numbers that count something.
-fn counts(array: &PyReadonlyArray1<'_, i64>, name: &'static str) -> Result<Vec<usize>> {
+pub(super) fn counts(array: &PyReadonlyArray1<'_, i64>, name: &'static str) -> Result<Vec<usize>> {
     let negative = |&value: &i64| {
         usize::try_from(value).map_err(|_| CoreError::value(name, "at least 0", value as f64))
     };
     slice(array, name)?.iter().map(negative).collect()
+}
+
+/// Cosines and sines in place.
+pub(super) fn rotations<'a>(args: &'a [RotationArgs<'_>]) -> Result<Vec<Rotation<'a>>> {
+    let mut found = Vec::with_capacity(args.len());
+    for (cos, sin) in args {
+        let (cos, [_, width]) = table(cos, "cos")?;
+        found.push(Rotation { cos, sin: table(sin, "sin")?.0, width });
+    }
+    Ok(found)
 }
 
 /// How many channels tokens keep, layer after layer.
@@ -140,7 +150,7 @@ fn channels(array: &PyReadonlyArray2<'_, i64>) -> Result<Vec<usize>> {
 
 /// K and V of some rows in the layers of a stack.
 #[pyclass(module = "sedac_hf._core")]
-pub(super) struct KvCache(RowCache);
+pub(super) struct KvCache(pub(super) RowCache);
 
 #[pymethods]
 impl KvCache {
@@ -230,7 +240,7 @@ impl KvCache {
 
 /// Decoder layers that run one after the other.
 #[pyclass(module = "sedac_hf._core", frozen)]
-pub(super) struct LayerStack(Stack);
+pub(super) struct LayerStack(pub(super) Stack);
 
 #[pymethods]
 impl LayerStack {
@@ -291,13 +301,7 @@ impl LayerStack {
         let gaps = |name| CoreError::Layout { name, expected: contiguous, found: "gaps".into() };
         let feedback = feedback.as_ref().map(|f| f.as_slice()).transpose();
         let feedback = feedback.map_err(|_| gaps("feedback"))?;
-        let mut turned = Vec::with_capacity(rotations.len());
-        for (cos, sin) in &rotations {
-            let width = cos.as_array().ncols();
-            let (cos, sin) = (cos.as_slice(), sin.as_slice());
-            let (cos, sin) = (cos.map_err(|_| gaps("cos"))?, sin.map_err(|_| gaps("sin"))?);
-            turned.push(Rotation { cos, sin, width });
-        }
+        let turned = self::rotations(&rotations)?;
         let kept = kept.map(|kept| channels(&kept)).transpose()?;
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;

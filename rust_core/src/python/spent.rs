@@ -23,7 +23,7 @@ impl Drop for Spent {
     }
 }
 
-/// Seconds that calls of stacks and output layers have taken in this process, one after the other.
+/// Seconds that stacks, output layers and cycles have worked in this process, one after the other.
 #[pyfunction]
 pub(super) fn pass_seconds() -> f64 {
     NANOSECONDS.load(Ordering::Relaxed) as f64 * 1e-9

@@ -1,0 +1,142 @@
+"""Greedy decoding by whole cycles in the Rust core: one call drafts, verifies and accepts.
+
+The loops in Python do the same step by step, with whatever pass, processors or criteria a call has.
+Where nothing but best words, end tokens and a length decide a text, no step needs the interpreter.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from sedac_hf import _core
+from sedac_hf.core.native_model import threads
+from sedac_hf.core.native_pass import NativePass
+from sedac_hf.core.row_pass import BASE
+from sedac_hf.errors import NotNativeError
+from sedac_hf.generation.draft_tree import NAMES
+
+if TYPE_CHECKING:
+    from sedac_hf.core.row_pass import RowPass
+    from sedac_hf.generation.acceptance import TokenChooser
+    from sedac_hf.generation.head_draft import HeadDraft
+    from sedac_hf.generation.row_state import RowState
+    from sedac_hf.generation.row_texts import RowTexts
+
+__all__ = ["CoreCycles", "core_cycles"]
+
+IntArray = npt.NDArray[np.int64]
+
+# Positions that the nodes of a cycle may lie behind its root, at most.
+_AHEAD = 64
+
+
+def core_cycles(
+    run: RowPass,
+    state: RowState,
+    texts: RowTexts,
+    chooser: TokenChooser,
+    head: HeadDraft | None = None,
+) -> CoreCycles | None:
+    """Whole cycles of a call, or None where they must be run step by step.
+
+    Nobody may want K/V of rows behind their end, or the states of settled positions.
+
+    Args:
+        run: Runs layers and heads.
+        state: Where the rows stand, behind the prompt.
+        texts: The rows' texts.
+        chooser: Draws tokens.
+        head: The exit head that drafts, or None.
+    """
+    if type(run) is not NativePass or not chooser.takes_best(texts) or not texts.ends_by_tokens:
+        return None
+    parts = run.look_again()
+    if parts.embedding is None or parts.rotary.up_to(0) is None:
+        return None
+    if head is not None and parts.heads[head.k] is None:
+        return None
+    return CoreCycles(run, state, texts, chooser, head)
+
+
+class CoreCycles:
+    """The cycles of one call; they begin once each row's first token has been chosen."""
+
+    def __init__(
+        self,
+        run: NativePass,
+        state: RowState,
+        texts: RowTexts,
+        chooser: TokenChooser,
+        head: HeadDraft | None,
+    ) -> None:
+        """Prepare; see `core_cycles`."""
+        self._run = run
+        self._state = state
+        self._texts = texts
+        self._chooser = chooser
+        self._head = head
+        self._core: _core.GreedyCycle | None = None
+        self._position = 0
+
+    def run(self, plan: _core.DraftPlan | None = None, *, asks: bool = False) -> _core.CycleOutcome:
+        """Run a cycle; `say` hands on what came of it.
+
+        Args:
+            plan: How much to draft; None for one token a row.
+            asks: Whether the head may be asked.
+
+        Raises:
+            NotNativeError: If the weights can no longer be read in place.
+        """
+        if self._core is None:
+            self._core = self._begin()
+        run, parts = self._run, self._run.look_again()
+        tables = parts.rotary.up_to(self._position + int(self._texts.new.max()) + _AHEAD)
+        head = None
+        if self._head is not None:
+            k = self._head.k
+            if (stack := parts.heads[k]) is not None:
+                head = (stack, run.cache(k), run.draft_output)
+        if parts.embedding is None or tables is None or (head is None) != (self._head is None):
+            raise NotNativeError("the embedding or a head was replaced while a text was written")
+        return self._core.run(
+            parts.base, run.cache(BASE), parts.output, parts.embedding, tables, threads(),
+            plan, asks, head,
+        )  # fmt: skip
+
+    def say(self, outcome: _core.CycleOutcome) -> None:
+        """Append to the texts what a cycle has given them.
+
+        Args:
+            outcome: The cycle.
+        """
+        length = self._state.length.copy()
+        for row, words, origins in zip(outcome.rows, outcome.words, outcome.origins, strict=True):
+            length[row] += len(words)
+            for word, origin in zip(words, origins, strict=True):
+                self._texts.append(row, word, origin=NAMES[origin])
+        self._state.length = length
+
+    def _begin(self) -> _core.GreedyCycle:
+        state, texts, head = self._state, self._texts, self._head
+        rows = range(state.rows)
+        position = state.positions(state.length, np.zeros((state.rows, 1), np.int64))[:, 0]
+        self._position = int(position.max())
+        setting = None
+        if head is not None:
+            last = np.ascontiguousarray(head.last[:, -1].float().numpy(force=True))
+            setting = (head.layer + 1, head.feeds, head.tokens, last)
+        return _core.GreedyCycle(
+            [texts.text(row) for row in rows],
+            np.ascontiguousarray(state.first, np.int64),
+            np.ascontiguousarray(state.length, np.int64),
+            np.ascontiguousarray(position, np.int64),
+            np.array([texts.remaining(row) for row in rows], np.int64),
+            np.array([texts.length(row) for row in rows], np.int64),
+            sorted(texts.ends),
+            self._chooser.least_lengths(),
+            setting,
+        )

@@ -196,6 +196,7 @@ def test_a_least_length_holds_without_looking_at_all_logits(
     length = 9 + (6 if least == "min_length" else 0)
     values = {**GIVEN, "eos_token_id": free[:, 2].tolist(), least: length}
     expected = base.generate(**given, **values)
+    model.generate(**given, **GIVEN, sedac_mode=mode)  # the pass has been admitted
     looks: list[int] = []
     logits = NativePass.logits
 

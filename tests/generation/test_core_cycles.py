@@ -130,7 +130,12 @@ def ending(model: SedacForCausalLM, given: dict[str, Tensor]) -> list[int]:
     """Tokens at which the rows end one after the other."""
     length = given["input_ids"].shape[1]
     whole = model.base_lm.generate(**given, **GIVEN, eos_token_id=None)[:, length:]
-    return [int(row[4 * place + 3]) for place, row in enumerate(whole[: len(whole) // 2 + 1])]
+    firsts = set(whole[:, 0].tolist())
+    new = [
+        [token for at, token in enumerate(row) if at > 1 and token not in {*row[:at], *firsts}]
+        for row in whole.tolist()
+    ]
+    return [tokens[0] for tokens in new if tokens][: len(whole) // 2 + 1]
 
 
 @pytest.mark.parametrize("rows", [1, 4])
@@ -143,7 +148,7 @@ def test_the_core_drafts_and_accepts_what_the_loop_does(
 ) -> None:
     model, given = fair(build_tiny(architecture), layer, kind), padded(rows)
     drafted = 0
-    for ends in (None, ending(model, given)):
+    for ends in (None, ending(model, given) or None):
         generate = partial(model.generate, **given, **GIVEN, eos_token_id=ends, sedac_mode="exact")
         in_core, by_steps = both_ways(generate, cycles, calls)
         assert in_core == by_steps
@@ -218,7 +223,7 @@ def test_plain_steps_leave_the_same_figures(
 
     monkeypatch.setattr(ExitSession, "commit", noted)
     model, given = wrap(llama), padded(rows)
-    ends = ending(model, given)
+    ends = ending(model, given) or None
 
     def told() -> Any:
         model.exit_stats.reset()
@@ -335,14 +340,18 @@ def test_logits_that_are_not_numbers_give_the_same_text(
 ) -> None:
     base = build_tiny("llama")
     model, given = fair(base, 1, "feedback"), padded(2)
+    # Behind a word that the second row comes to there are no numbers any more.
+    sound = base.generate(**given, **GIVEN, eos_token_id=None)
+    [word, *_] = set(sound[1, 12:].tolist()) - set(given["input_ids"].flatten().tolist())
     with torch.no_grad():
-        base.get_output_embeddings().weight[7, 3] = torch.nan
+        base.get_input_embeddings().weight[word] = torch.nan
 
     generate = partial(model.generate, **given, **GIVEN, eos_token_id=None, sedac_mode=mode)
+    assert not torch.equal(generate(), sound)
+    cycles.clear()
     in_core, by_steps = both_ways(generate, cycles, calls)
     # What is not finite differs from itself: probabilities are left out.
     assert [(g, p, c) for g, _, p, c, _ in in_core] == [(g, p, c) for g, _, p, c, _ in by_steps]
-    assert all(len(path) == 1 for _, _, paths, *_ in in_core for path in paths)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from sedac_hf.core.exit_cache import previous_states
 from sedac_hf.generation.head_draft import HeadDraft
 from tests.core.test_module_pass import Whole
 from tests.generation.drafting import EXACT, GREEDY, _eager, padded
+from tests.native import step_by_step
 from tests.tiny_models import WIDTH
 from tests.wrapping import wrap
 
@@ -50,7 +51,8 @@ def test_roots_are_drafted_from_true_states(
     monkeypatch.setattr(HeadDraft, "draft", sometimes)
     model = wrap(llama, kinds)
     values = {**GREEDY, "max_new_tokens": NEW, "eos_token_id": None}
-    text = model.generate(**padded(3), **values, **EXACT)
+    with step_by_step():
+        text = model.generate(**padded(3), **values, **EXACT)
     assert len(seen) > 2
     for states, lengths, alive in seen:
         for row in np.flatnonzero(alive).tolist():

@@ -83,6 +83,7 @@ class SettleLoop:
         self._max_pending = max_pending
         self._rests = rests
         self._core = core
+        self._whole: StepRecord | None = None
         rules = () if session.cascade is None else session.cascade.config.layers
         self._temperatures = [layer.temperature for layer in rules]
         # Heads that have not followed the prompt cannot be asked.
@@ -146,8 +147,11 @@ class SettleLoop:
     def _advance_in_core(self, core: CoreCycles) -> None:
         """The same as one call; all go through every layer."""
         outcome = core.run()
-        rows, parts = self._state.rows, self._parts
-        record = StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
+        if self._whole is None:
+            # Nobody writes to a record, and all steps have the same.
+            rows, parts = self._state.rows, self._parts
+            self._whole = StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
+        record = self._whole
         going = self._commit(record)
         core.say(outcome)
         for row, words in zip(outcome.rows, outcome.words, strict=True):

@@ -9,7 +9,7 @@ use std::time::Instant;
 use super::lookup::{SPAN, find_continuation};
 use super::model::{HeadPart, Model, Nodes, Part};
 use super::plan::Plan;
-use super::rows::{Ends, Row, Start};
+use super::rows::{Ends, Outcome, Row, RowOutcome, Start};
 use super::tree::{DraftTree, Origin};
 use crate::error::{CoreError, Result, check_length};
 use crate::pass::attention::Placement;
@@ -32,36 +32,6 @@ pub struct GreedyCycle {
     rows: Vec<Row>,
     ends: Ends,
     head: Option<HeadSetting>,
-}
-
-/// What became of a row in a cycle.
-#[derive(Debug)]
-pub struct RowOutcome {
-    /// The row.
-    pub row: usize,
-    /// Its drafts.
-    pub tree: DraftTree,
-    /// Nodes that stay, the root first.
-    pub path: Vec<usize>,
-    /// Tokens that it was given, as many.
-    pub words: Vec<i64>,
-    /// Who had drafted each of them; the root stands for nobody.
-    pub origins: Vec<Origin>,
-}
-
-/// How a cycle went.
-#[derive(Debug, Default)]
-pub struct Outcome {
-    /// Rows that took part.
-    pub rows: Vec<RowOutcome>,
-    /// Nodes verified in each row.
-    pub nodes: usize,
-    /// Whether the head was asked.
-    pub drafted: bool,
-    /// Seconds of each call of the head, with what belongs to it.
-    pub levels: Vec<f64>,
-    /// Seconds from the drafts to the next roots.
-    pub verify: f64,
 }
 
 impl GreedyCycle {

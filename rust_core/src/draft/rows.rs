@@ -1,5 +1,6 @@
 //! The rows of a batch in cycles: their texts, where they stand, and when they end.
 
+use super::tree::{DraftTree, Origin};
 use crate::error::Result;
 use crate::pass::output::Head;
 use crate::pass::rank::Best;
@@ -129,4 +130,34 @@ impl Ends {
         }
         Ok(Best::of(output.kernel, &logits, 0).word)
     }
+}
+
+/// What became of a row in a cycle.
+#[derive(Debug)]
+pub struct RowOutcome {
+    /// The row.
+    pub row: usize,
+    /// Its drafts.
+    pub tree: DraftTree,
+    /// Nodes that stay, the root first.
+    pub path: Vec<usize>,
+    /// Tokens that it was given, as many.
+    pub words: Vec<i64>,
+    /// Who had drafted each of them; the root stands for nobody.
+    pub origins: Vec<Origin>,
+}
+
+/// How a cycle went.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Rows that took part.
+    pub rows: Vec<RowOutcome>,
+    /// Nodes verified in each row.
+    pub nodes: usize,
+    /// Whether the head was asked.
+    pub drafted: bool,
+    /// Seconds of each call of the head, with what belongs to it.
+    pub levels: Vec<f64>,
+    /// Seconds from the drafts to the next roots.
+    pub verify: f64,
 }

@@ -8,9 +8,9 @@ use super::draft::{DraftPlan, DraftTree};
 use super::output::OutputHead;
 use super::pass::{KvCache, LayerStack, MatrixArgs, RotationArgs, counts, matrix, rotations};
 use super::spent::Spent;
-use crate::draft::cycle::{GreedyCycle as Cycle, HeadSetting, Outcome};
+use crate::draft::cycle::{GreedyCycle as Cycle, HeadSetting};
 use crate::draft::model::{HeadPart, Model, Part};
-use crate::draft::rows::{Ends, Start};
+use crate::draft::rows::{Ends, Outcome, Start};
 use crate::error::{CoreError, Result, check_length};
 use crate::pass::embedding::Embedding as Words;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,17 @@ def is_plain_tensor(tensor: Tensor | None) -> bool:
 def has_no_hooks(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's forward and nothing else."""
     patched = "forward" in module.__dict__ or "_hf_hook" in module.__dict__
-    return not (patched or module._forward_hooks or module._forward_pre_hooks)
+    acting = any(map(_acts, module._forward_hooks.values()))
+    return not (patched or acting or module._forward_pre_hooks)
+
+
+def _acts(hook: Any) -> bool:
+    """Whether a forward hook does anything outside of calls that ask for more outputs.
+
+    After the first call that asks for hidden states or attentions transformers leaves hooks behind
+    that are idle in all others; those that ask run on the base itself.
+    """
+    return bool(getattr(hook, "__module__", None) != "transformers.utils.output_capturing")
 
 
 def is_plain_linear(module: nn.Module | None) -> bool:

@@ -97,13 +97,13 @@ def test_the_base_writes_through_the_native_pass(micro_model: MicroModel, monkey
 
     def spy(self, *args, **given):
         out = own(self, *args, **given)
-        written.append(self.exit_stats.runs_on)
+        written.append((self.exit_stats.runs_on, self.exit_stats.runs_on_reason))
         return out
 
     monkeypatch.setattr(SedacForCausalLM, "generate", spy)
     prompts = [d.ids[:4] for d in micro_model.language.documents(5, seed=12)]
     assert answer_prompts(micro_model.model, prompts, max_answer=24, rows=5)
-    assert written == ["native"]
+    assert written == [("native", "")]
 
 
 def test_prompts_are_answered_in_order_and_by_the_seed(micro_model: MicroModel) -> None:

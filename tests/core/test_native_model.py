@@ -71,6 +71,13 @@ def test_hooks_and_adapters_are_refused_and_admitted_again_when_gone(
     assert model.reason is None
 
 
+def test_idle_hooks_that_transformers_leaves_behind_are_none(llama: PreTrainedModel) -> None:
+    model = NativeModel(BaseShell(llama))
+    llama(prompt(1, 3), output_hidden_states=True, output_attentions=True)
+    assert any(layer._forward_hooks for layer in llama.model.layers), "transformers has left some"
+    assert model.reason is None
+
+
 def test_a_base_that_computes_something_else_is_found_out_by_numbers(
     llama: PreTrainedModel,
 ) -> None:

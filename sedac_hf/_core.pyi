@@ -10,6 +10,9 @@ FloatArray = npt.NDArray[np.float32]
 
 __version__: str
 
+LOOKUP_SPAN: tuple[int, int]
+"""Fewest and most of a text's last tokens that drafts from the text go by."""
+
 def kernel() -> str:
     """Instruction set that the probes use on this processor: "avx2+fma", "neon" or "portable"."""
 

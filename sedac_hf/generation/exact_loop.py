@@ -37,11 +37,11 @@ IntArray = npt.NDArray[np.int64]
 
 
 class _Accepted(NamedTuple):
-    """What rows that took part in a cycle were given: drafts, nodes that stay, tokens."""
+    """Rows that took part in a cycle, their drafts, and the nodes that stay."""
 
+    rows: Sequence[int]
     trees: Sequence[DraftTree]
     paths: Sequence[Sequence[int]]
-    words: Sequence[Sequence[int]]
 
 
 class ExactLoop:
@@ -134,7 +134,7 @@ class ExactLoop:
         core.say(outcome)
         cycle.nodes, cycle.drafted = outcome.nodes, outcome.drafted
         cycle.levels, cycle.verify = outcome.levels, outcome.verify
-        return _Accepted(outcome.trees, outcome.paths, outcome.words)
+        return _Accepted(outcome.rows, outcome.trees, outcome.paths)
 
     def _step_by_step(self, cycle: Cycle, alive: npt.NDArray[np.bool_]) -> _Accepted:
         """A cycle as many calls of the pass."""
@@ -163,13 +163,8 @@ class ExactLoop:
         state.length = state.length + found.counts
         self._roots = found.roots
         rows = np.flatnonzero(alive).tolist()
-        own = [trees[row] for row in rows]
         paths = [found.path[row, : found.counts[row]].tolist() for row in rows]
-        words = []
-        for row, tree, path in zip(rows, own, paths, strict=True):
-            tokens = tree.tokens
-            words.append([*(tokens[node] for node in path[1:]), int(found.roots[row])])
-        return _Accepted(own, paths, words)
+        return _Accepted(rows, [trees[row] for row in rows], paths)
 
     def _report(self, cycle: Cycle, done: _Accepted) -> None:
         """Tell the governor, the figures and the meter how it went."""
@@ -184,7 +179,9 @@ class ExactLoop:
             drafts += len(real) - 1
             sources.append([*origins, ROOT])
         if self._meter is not None:
-            self._meter.gained(done.words, sources, drafts)
+            given = zip(done.rows, done.paths, strict=True)
+            words = [self._texts.text(row)[-len(path) :].tolist() for row, path in given]
+            self._meter.gained(words, sources, drafts)
 
     def _draft(
         self, trees: Sequence[DraftTree], alive: npt.NDArray[np.bool_], cycle: Cycle

@@ -13,6 +13,8 @@ __all__ = ["LookupHit", "find_continuation"]
 
 IntArray = npt.NDArray[np.int64]
 
+_SHORTEST, _LONGEST = _core.LOOKUP_SPAN
+
 
 class LookupHit(NamedTuple):
     """A continuation found in the text.
@@ -27,7 +29,7 @@ class LookupHit(NamedTuple):
 
 
 def find_continuation(
-    text: IntArray, most: int, longest: int = 4, shortest: int = 2
+    text: IntArray, most: int, longest: int = _LONGEST, shortest: int = _SHORTEST
 ) -> LookupHit | None:
     """What followed the latest earlier occurrence of the text's last tokens.
 

@@ -83,7 +83,7 @@ class SettleLoop:
         self._max_pending = max_pending
         self._rests = rests
         self._core = core
-        self._whole: StepRecord | None = None
+        self._full: StepRecord | None = None
         rules = () if session.cascade is None else session.cascade.config.layers
         self._temperatures = [layer.temperature for layer in rules]
         # Heads that have not followed the prompt cannot be asked.
@@ -107,8 +107,7 @@ class SettleLoop:
             logits: The base's logits behind the prompt, `[rows, vocabulary]`.
             governor: Says for each block of steps whether exits act; None lets them always act.
         """
-        depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
-        self._choose(logits, StepRecord.full_depth(self._state.rows, depth, heads))
+        self._choose(logits, self._full_depth())
         while not self._texts.done.all():
             if governor is None:
                 self._advance(acts=True)
@@ -147,11 +146,7 @@ class SettleLoop:
     def _advance_in_core(self, core: CoreCycles) -> None:
         """The same as one call; all go through every layer."""
         outcome = core.run()
-        if self._whole is None:
-            # Nobody writes to a record, and all steps have the same.
-            rows, parts = self._state.rows, self._parts
-            self._whole = StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
-        record = self._whole
+        record = self._full_depth()
         going = self._commit(record)
         core.say(outcome)
         for row, words in zip(outcome.rows, outcome.words, strict=True):
@@ -199,12 +194,18 @@ class SettleLoop:
 
     def _whole_step(self) -> tuple[Tensor, StepRecord]:
         """A step in which nobody may leave."""
-        rows, parts = self._state.rows, self._parts
         output = self._kept(self._finish())
         for queue in self._queues:
             if len(queue) >= _MAX_QUEUE:
                 queue.fill()
-        return output, StepRecord.full_depth(rows, parts.shell.num_layers, len(parts.heads))
+        return output, self._full_depth()
+
+    def _full_depth(self) -> StepRecord:
+        """The record of a step in which nobody may leave; nobody writes to it."""
+        if self._full is None:
+            depth, heads = self._parts.shell.num_layers, len(self._parts.heads)
+            self._full = StepRecord.full_depth(self._state.rows, depth, heads)
+        return self._full
 
     def _kept(self, output: Tensor) -> Tensor:
         """Note what the rows' tokens ended with."""

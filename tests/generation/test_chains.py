@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from sedac_hf.core.cascade_controller import CascadeConfig
@@ -17,6 +16,7 @@ from sedac_hf.generation.draft_tree import BLANK, DraftTree
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.governor import Cycle, Governor
 from sedac_hf.generation.governors import Governors
+from tests.generation.drafting import padded
 from tests.tiny_models import BY_SLOT, LAYERS, build_tiny, prompt
 from tests.wrapping import rule, wrap
 
@@ -57,16 +57,6 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
 def base(request: pytest.FixtureRequest) -> PreTrainedModel:
     """Bases whose attention goes by slots."""
     return build_tiny(request.param, seed=2)  # with this seed their texts are varied
-
-
-def padded(rows: int, length: int = 9) -> dict[str, Tensor]:
-    """Prompts of different lengths, padded on the left; they repeat themselves."""
-    ids = prompt(rows, length)
-    ids[:, length - 4 :] = ids[:, length - 8 : length - 4]
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, : row % 4] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 @pytest.mark.usefixtures("_eager")

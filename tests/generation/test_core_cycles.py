@@ -27,9 +27,10 @@ from sedac_hf.generation.costs import PassCosts
 from sedac_hf.generation.governor import Cycle, Governor
 from sedac_hf.generation.governors import Governors
 from sedac_hf.modeling import SedacForCausalLM
+from tests.generation.drafting import padded
 from tests.micro_model import MicroModel
 from tests.native import step_by_step
-from tests.tiny_models import build_tiny, prompt
+from tests.tiny_models import build_tiny
 from tests.wrapping import spec_of, wrap
 
 GIVEN: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
@@ -85,16 +86,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(CoreCycles, "run", counted)
     return rows
-
-
-def padded(rows: int, length: int = 9) -> dict[str, Tensor]:
-    """Prompts of different lengths, padded on the left; all repeat themselves."""
-    ids = prompt(rows, length)
-    ids[:, length - 4 :] = ids[:, length - 8 : length - 4]
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, : row % 4] = 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def fair(

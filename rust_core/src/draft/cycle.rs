@@ -65,23 +65,17 @@ impl GreedyCycle {
         if going.is_empty() {
             return Ok(Outcome::default());
         }
-        if going.len() == self.rows.len() {
-            return self.cycle(model, base, head, plan, asks);
-        }
-        let mut lent = base.cache.lend(&going)?;
-        let some = Part { stack: base.stack, cache: &mut lent };
-        let Some(HeadPart { part, output }) = head else {
-            let outcome = self.cycle(model, some, None, plan, asks);
-            base.cache.take_back(&going, lent);
-            return outcome;
-        };
-        let mut lent_head = part.cache.lend(&going)?;
-        let some_head =
-            HeadPart { part: Part { stack: part.stack, cache: &mut lent_head }, output };
-        let outcome = self.cycle(model, some, Some(some_head), plan, asks);
-        part.cache.take_back(&going, lent_head);
-        base.cache.take_back(&going, lent);
-        outcome
+        let Part { stack, cache } = base;
+        cache.with_rows(&going, |cache| {
+            let base = Part { stack, cache };
+            let Some(HeadPart { part: Part { stack, cache }, output }) = head else {
+                return self.cycle(model, base, None, plan, asks);
+            };
+            cache.with_rows(&going, |cache| {
+                let head = HeadPart { part: Part { stack, cache }, output };
+                self.cycle(model, base, Some(head), plan, asks)
+            })
+        })
     }
 
     fn check(
@@ -232,11 +226,14 @@ impl Call<'_> {
         if known >= size {
             return Ok(());
         }
-        let (nodes, model, entry) = (self.nodes(known), self.model, self.entry());
+        let (model, entry) = (self.model, self.entry());
         let new = self.trees.iter().flat_map(|tree| &tree.nodes()[known..]);
         let tokens: Vec<i64> = new.map(|node| node.token).collect();
         let mut states = model.embedding.look_up(&tokens)?;
-        self.base.run(&model, &mut states, None, &nodes, 0..entry)?;
+        if entry > 0 {
+            let nodes = self.nodes(known);
+            self.base.run(&model, &mut states, None, &nodes, 0..entry)?;
+        }
         let each = (size - known) * self.width();
         for (own, fresh) in self.hidden.iter_mut().zip(states.chunks_exact(each)) {
             own.extend_from_slice(fresh);

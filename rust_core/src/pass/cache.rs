@@ -154,6 +154,21 @@ impl RowCache {
         }
     }
 
+    /// Does something with some rows alone, lent meanwhile, see [`RowCache::lend`].
+    ///
+    /// # Errors
+    /// As for [`RowCache::lend`], and what `run` fails with.
+    pub fn with_rows<T>(
+        &mut self,
+        rows: &[usize],
+        run: impl FnOnce(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        let mut lent = self.lend(rows)?;
+        let done = run(&mut lent);
+        self.take_back(rows, lent);
+        done
+    }
+
     pub(crate) fn chunks(&self, layer: usize, row: usize) -> &[Chunk] {
         &self.chunks[layer][row]
     }

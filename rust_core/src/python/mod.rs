@@ -80,6 +80,7 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("LOOKUP_SPAN", crate::draft::lookup::SPAN)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

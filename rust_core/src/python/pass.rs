@@ -312,12 +312,9 @@ impl LayerStack {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),
             None => self.0.fill(cache, tokens, start, threads),
         };
-        Ok(py.detach(|| {
-            let Some(rows) = rows else { return run(cache) };
-            let mut lent = cache.lend(&rows)?;
-            let done = run(&mut lent);
-            cache.take_back(&rows, lent);
-            done
+        Ok(py.detach(|| match rows {
+            Some(rows) => cache.with_rows(&rows, run),
+            None => run(cache),
         })?)
     }
 

@@ -2,79 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from sedac_hf import __version__
-from sedac_hf.cli import app
 from sedac_hf.cli_support import Screen
 from sedac_hf.errors import CalibrationError, FingerprintError
-from sedac_hf.evaluation.report import load_report
 from sedac_hf.modeling import SedacForCausalLM
-from tests.artefacts import issue, load_base, make_tokenizer, save_base, wrap_base
+from tests.artefacts import issue, load_base, make_tokenizer, wrap_base
+from tests.cli_command import Runner, artefact, base, parsed, sedac, texts
 
 COMMANDS = ("demo", "fit", "eval", "bench", "test", "generate", "metrics", "info")
-# What the runner returns is typed by whichever click typer brings along.
-Result = Any
-Runner = Callable[..., Result]
 
-
-@pytest.fixture
-def sedac() -> Runner:
-    """Call the command in this process and check that no traceback ever shows."""
-
-    def run(*arguments: object, stdin: str | None = None) -> Result:
-        result = CliRunner().invoke(app, [str(a) for a in arguments], input=stdin)
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-        assert "Traceback" not in result.output
-        return result
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random base with a tokenizer, on disk."""
-    return save_base(tmp_path_factory.mktemp("cli") / "base")
-
-
-@pytest.fixture(scope="module")
-def artefact(base: Path) -> Path:
-    """An artefact of that base whose tokens leave at three checkpoints."""
-    folder = base.parent / "artefact"
-    model = wrap_base(load_base(base), base_model_name_or_path=str(base))
-    model.save_pretrained(folder, tokenizer=make_tokenizer(), certificate=issue())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(base: Path) -> Path:
-    """Twelve documents with prompts, as JSON lines."""
-    generator = torch.Generator().manual_seed(1)
-    path = base.parent / "texts.jsonl"
-    with path.open("w") as stream:
-        for _ in range(12):
-            ids = torch.randint(4, 60, (24,), generator=generator).tolist()
-            words = [f"w{i}" for i in ids]
-            record = {"prompt": " ".join(words[:6]), "completion": " ".join(words[6:])}
-            stream.write(json.dumps(record) + "\n")
-    return path
-
-
-def parsed(result: Result) -> dict[str, Any]:
-    """The one object on standard output."""
-    values = json.loads(result.stdout)
-    assert isinstance(values, dict)
-    return values
+__all__ = ["artefact", "base", "sedac", "texts"]
 
 
 # ------------------------------------------------------------------------------- help and errors
@@ -250,109 +195,6 @@ def test_a_base_elsewhere_is_found_by_base(sedac: Runner, base: Path, tmp_path: 
     assert "--base" in lost.stderr
     found = sedac("generate", folder, "w5 w9", "--base", base, "--max-new-tokens", 2)
     assert found.exit_code == 0
-
-
-# ------------------------------------------------------------------------------------------- eval
-
-
-def test_eval_prints_one_object_with_all_figures(
-    sedac: Runner, artefact: Path, texts: Path, tmp_path: Path
-) -> None:
-    where = tmp_path / "results.json"
-    options = ("--rounds", 1, "--prompts", 2, "--max-new-tokens", 4, "-o", where, "--json")
-    values = parsed(sedac("eval", artefact, "--data", texts, *options))
-    needed = {
-        "base_ppl", "sedac_ppl", "ppl_increase", "ppl_increase_ci95", "exit_share",
-        "exits_by_layer", "mean_depth", "depth", "speed_vs_generate", "speed_vs_plain",
-        "head_share", "certificate", "conditions", "texts",
-    }  # fmt: skip
-    assert needed <= values.keys()
-    rise = values["sedac_ppl"] / values["base_ppl"] - 1
-    assert values["ppl_increase"] == pytest.approx(rise, rel=1e-6)
-    low, high = values["ppl_increase_ci95"]
-    assert low <= values["ppl_increase"] <= high
-    assert 0 < values["exit_share"] <= 1
-    assert values["mean_depth"] < values["depth"]
-    assert values["speed_vs_generate"] > 0
-    assert values["documents"] == 12
-    assert values["certified"] is True
-    stored = load_report(where)
-    assert stored["base_ppl"] == values["base_ppl"]
-
-
-def test_eval_prints_one_table(sedac: Runner, artefact: Path, texts: Path) -> None:
-    result = sedac("eval", artefact, "--data", texts, "--no-speed", "--documents", 4)
-    assert result.exit_code == 0
-    for words in ("perplexity (4 documents", "95 % interval", "layers per token", "after layer 1"):
-        assert words in result.stdout
-    assert "Conditions: " in result.stdout
-    assert "tokens per second" not in result.stdout
-
-
-def test_eval_fails_where_perplexity_rises_too_much(
-    sedac: Runner, artefact: Path, texts: Path
-) -> None:
-    common = ("eval", artefact, "--data", texts, "--no-speed", "--json")
-    rise = parsed(sedac(*common))["ppl_increase"]
-    assert sedac(*common, "--max-increase", rise + 0.01).exit_code == 0
-    failed = sedac(*common, "--max-increase", rise - 0.01)
-    assert failed.exit_code == 1
-    assert parsed(failed)["ppl_increase"] == rise
-
-
-def test_eval_without_certificate_measures_the_base_and_says_so(
-    sedac: Runner, base: Path, texts: Path, tmp_path: Path
-) -> None:
-    model = wrap_base(load_base(base), base_model_name_or_path=str(base))
-    model.save_pretrained(tmp_path / "artefact", tokenizer=make_tokenizer())
-    result = sedac("eval", tmp_path / "artefact", "--data", texts, "--no-speed", "--json")
-    assert result.exit_code == 0
-    assert parsed(result)["ppl_increase"] == 0
-    assert parsed(result)["exit_share"] == 0
-    assert "exits stay off in certified mode" in result.stderr
-
-
-def test_thresholds_without_certificate_act_only_when_asked(
-    sedac: Runner, base: Path, texts: Path, tmp_path: Path
-) -> None:
-    model = wrap_base(load_base(base), base_model_name_or_path=str(base))
-    untested, refused = tmp_path / "untested", tmp_path / "refused"
-    model.save_pretrained(untested, tokenizer=make_tokenizer())
-    certificate = issue(passes=False)
-    model.set_cascade(None)
-    model.save_pretrained(refused, tokenizer=make_tokenizer(), certificate=certificate)
-    for folder in (untested, refused):
-        options = ("--max-new-tokens", 12, "--json")
-        silent = parsed(sedac("generate", folder, "w5 w9 w7", *options))
-        assert silent["exit_share"] == 0
-        asked = sedac("generate", folder, "w5 w9 w7", *options, "--uncertified")
-        assert parsed(asked)["exit_share"] > 0
-        assert "NOT CERTIFIED" in asked.stderr
-        options = ("--data", texts, "--no-speed", "--uncertified")
-        assert "(not certified)" in sedac("eval", folder, *options).stdout
-        assert parsed(sedac("eval", folder, *options, "--json"))["certified"] is False
-    shown = sedac("demo", refused, "--max-new-tokens", 6, "--documents", 4)
-    assert "NOT CERTIFIED" in shown.stdout
-
-
-def test_eval_of_a_plain_base_says_to_fit_one(sedac: Runner, base: Path, texts: Path) -> None:
-    result = sedac("eval", base, "--data", texts)
-    assert result.exit_code == 2
-    assert "sedac fit" in result.stderr
-
-
-def test_eval_without_data_lets_the_base_write(sedac: Runner, artefact: Path) -> None:
-    values = parsed(sedac("eval", artefact, "--no-speed", "--documents", 6, "--json", "-q"))
-    assert values["documents"] == 6
-    assert "base wrote" in values["texts"]
-
-
-def test_a_report_into_a_missing_folder_is_refused_before_work(
-    sedac: Runner, artefact: Path, tmp_path: Path
-) -> None:
-    result = sedac("eval", artefact, "-o", tmp_path / "no" / "results.json")
-    assert result.exit_code == 2
-    assert "folder does not exist" in result.stderr
 
 
 # ------------------------------------------------------------------------------------ demo, info

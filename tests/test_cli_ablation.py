@@ -9,24 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from sedac_hf.calibration.pareto import Policy
-from sedac_hf.cli import app
 from sedac_hf.core.cascade_config import CascadeConfig
 from sedac_hf.evaluation.perplexity import paired_perplexity
 from sedac_hf.modeling import SedacForCausalLM
 from tests.artefacts import load_base, make_tokenizer, save_base
+from tests.cli_command import call as sedac
 from tests.core.gated import PARTS, gated_model
 
 OPTIONS = ("--documents", 8, "--max-new-tokens", 4, "--rounds", 1, "--prompts", 1)
-
-
-def sedac(*arguments: object) -> Any:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    assert "Traceback" not in result.output
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -3,41 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from sedac_hf import cli_bench
-from sedac_hf.cli import app
 from sedac_hf.cli_bench import plan_of
 from sedac_hf.cli_support import REPOSITORY, UsageError
 from sedac_hf.evaluation.bench_plan import BenchPlan
 from tests.artefacts import issue
+from tests.cli_command import Runner, call, sedac
 from tests.micro_model import MicroModel
 from tests.wrapping import rule, wrap
 
-Result = Any
-Runner = Callable[..., Result]
+__all__ = ["sedac"]
 
 RULES = [rule(1), rule(3)]
 SMALL = ("--tokens", 4, "--prompts", 2, "--repeats", 1, "--groups", "chat", "--batches", "2")
 RATIOS = ("vs_generate", "vs_plain", "vs_assistant_early_exit", "vs_prompt_lookup", "loop_gain")
-
-
-@pytest.fixture
-def sedac() -> Runner:
-    """Call the command in this process and check that no traceback ever shows."""
-
-    def run(*arguments: object) -> Result:
-        result = CliRunner().invoke(app, [str(a) for a in arguments])
-        assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-        return result
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +58,7 @@ def report(artefact: Path, micro_model: MicroModel, tmp_path_factory: Any) -> di
     where = ("--batches", "1,4", "--groups", "chat,grounded", "-o", str(folder), "--threads", "1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli_bench, "load_prompts", lambda group: texts)
-        arguments = ["bench", str(artefact), *options, *where, "--uncertified", "--json"]
-        result = CliRunner().invoke(app, arguments)
+        result = call("bench", artefact, *options, *where, "--uncertified", "--json")
     assert result.exit_code == 0, result.output
     (kept,) = folder.iterdir()
     return {"printed": json.loads(result.stdout), "kept": json.loads(kept.read_text())}

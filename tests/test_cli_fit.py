@@ -8,19 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from sedac_hf.calibration.fit_settings import FitReport
-from sedac_hf.cli import app
 from tests.artefacts import save_base
+from tests.cli_command import call as sedac
 from tests.micro_model import NUM_LAYERS, MicroModel
-
-
-def sedac(*arguments: object) -> Any:
-    """Call the command in this process."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result
 
 
 def write_texts(micro: MicroModel, path: Path, count: int, seed: int) -> Path:

@@ -9,24 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from sedac_hf.cli import app
 from sedac_hf.evaluation.perplexity import paired_perplexity
 from sedac_hf.modeling import SedacForCausalLM
 from tests.artefacts import issue, make_tokenizer, save_base
+from tests.cli_command import call as sedac
 from tests.micro_exits import fitted_states, micro_documents, micro_exits, set_share
 from tests.micro_model import MicroModel
 
 NAMES = ["quality", "robustness", "performance", "distribution_shift"]
 QUICK = ("--rounds", 1, "--prompts", 2, "--max-new-tokens", 4, "--slo-ms", 60_000)
-
-
-def sedac(*arguments: object) -> Any:
-    """Call the command in this process and check that no traceback ever shows."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.output
-    return result
 
 
 @pytest.fixture(scope="module")

@@ -294,7 +294,7 @@ class Hostile(LogitsProcessor):
         ({"return_dict_in_generate": True}, False),
         ({"return_dict_in_generate": True, "output_scores": True}, False),
     ],
-    ids=str,
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else str(value),
 )
 def test_other_calls_are_decoded_step_by_step(
     values: dict[str, Any], serves: bool, mode: str, llama: PreTrainedModel, calls: list[int]

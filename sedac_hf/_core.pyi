@@ -221,6 +221,7 @@ class LayerStack:
         threads: int,
         rows: npt.NDArray[np.int64] | None = None,
         kept: npt.NDArray[np.int64] | None = None,
+        spread: FloatArray | None = None,
     ) -> None:
         """Run the tokens of some rows through some layers.
 
@@ -242,6 +243,9 @@ class LayerStack:
             rows: Which rows of the cache all of this is about, in ascending order; None for all.
             kept: How many channels of its gated unit each token runs, the first ones, ``[layers of
                 the call, rows * n]``; all of them if None.
+            spread: Takes how evenly each token attends in the last layer of the call, ``[rows *
+                n]``: the mean over query heads of ``H(weights) / ln(visible keys)``, a lone key
+                counting as two. None where nobody asks; states have the same bits either way.
 
         Raises:
             ValueError: If arguments do not fit each other.

@@ -80,8 +80,14 @@ fn layers(c: &mut Criterion) {
                         b.iter(|| {
                             let mut states = vec![0.5; nodes * WIDTH];
                             let (states, rotations) = (&mut states[..], &rotations[..]);
-                            let call =
-                                Tokens { states, feedback: None, at: &at, rotations, kept: None };
+                            let call = Tokens {
+                                states,
+                                feedback: None,
+                                at: &at,
+                                rotations,
+                                kept: None,
+                                spread: None,
+                            };
                             stack.run(&mut cache, call, 0..1, 1).unwrap();
                         });
                     });

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf import _core
+from sedac_hf.core.attention_spread import Spread
 from sedac_hf.core.cascade_config import CascadeConfig, LayerConfig
 from sedac_hf.core.cascade_state import CascadeState, StepContext, begin_state
 from sedac_hf.core.confidence_fusion import adaptive_confidence_decay
@@ -149,7 +150,12 @@ class CascadeController:
         return begin_state(rows, context or StepContext(), self._token_classes, adapts)
 
     def step(
-        self, k: int, hidden: Tensor, state: CascadeState, active: Mask | Tensor | None = None
+        self,
+        k: int,
+        hidden: Tensor,
+        state: CascadeState,
+        active: Mask | Tensor | None = None,
+        spread: Tensor | None = None,
     ) -> CheckpointDecision:
         """One checkpoint in one call: probe, accumulate, decide.
 
@@ -161,6 +167,8 @@ class CascadeController:
                 other devices, compute the risks there and give them to `step_risk`.
             state: Updated in place for the active rows.
             active: Rows that have not left, ``[rows]``; all by default.
+            spread: How evenly the rows attend in the checkpoint's layer, ``[rows]``; None if that
+                is not known.
 
         Returns:
             The decision. A row's part of it does not depend on the other rows.
@@ -170,7 +178,7 @@ class CascadeController:
         """
         mask = _mask(active)
         if self._fused is not None:
-            state.seen = Seen(Observation(hidden, state.before))
+            state.seen = Seen(Observation(hidden, state.before, spread=spread))
             state.before = hidden
             risk = self._fused.risk(k, state.seen)
             if mask is not None:
@@ -185,19 +193,26 @@ class CascadeController:
             ),
         )  # fmt: skip
 
-    def risks(self, k: int, hidden: Tensor, before: Tensor | None = None) -> FloatArray:
+    def risks(
+        self,
+        k: int,
+        hidden: Tensor,
+        before: Tensor | None = None,
+        spread: Tensor | None = None,
+    ) -> FloatArray:
         """The risks that `step` decides by, and no decision.
 
         Args:
             k: Which checkpoint, from 0.
             hidden: States ``[rows, width]``, as for `step`.
             before: States of the same rows at the checkpoint before, or embeddings.
+            spread: How evenly the rows attend, as for `step`.
 
         Returns:
-            Risks ``[rows]``; NaN where they need states before and there are none.
+            Risks ``[rows]``; NaN where they need something that is not known.
         """
         if self._fused is not None:
-            return self._fused.risk(k, Seen(Observation(hidden, before)))
+            return self._fused.risk(k, Seen(Observation(hidden, before, spread=spread)))
         array, dtype = _in_place(hidden)
         found: FloatArray = self._cascade.step(k, array, dtype, np.zeros(len(array), np.float32))[0]
         return found
@@ -205,6 +220,19 @@ class CascadeController:
     def needs_before(self, k: int) -> bool:
         """Whether checkpoint `k` looks at the states of the checkpoint before."""
         return self._fused is not None and self._fused.needs_before(k)
+
+    def needs_attention(self, k: int) -> bool:
+        """Whether checkpoint `k` looks at how evenly its layer attends."""
+        return self._fused is not None and self._fused.needs_attention(k)
+
+    @property
+    def attentive(self) -> tuple[int, ...]:
+        """Checkpoints that look at how evenly their layers attend."""
+        return tuple(k for k in range(self.num_checkpoints) if self.needs_attention(k))
+
+    def spread_at(self, k: int) -> Spread | None:
+        """What the layer of checkpoint `k` is to fill in; None where nobody looks at it."""
+        return Spread() if self.needs_attention(k) else None
 
     def step_risk(
         self,

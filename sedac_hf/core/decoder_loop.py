@@ -19,6 +19,7 @@ from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.session import ExitSession
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.base_shell import BaseShell, LayerCall
     from sedac_hf.core.draft_head import DraftHead
     from sedac_hf.core.exit_heads import ExitHead
@@ -60,6 +61,7 @@ class LayerPass:
         stop: int,
         left: Tensor | None = None,
         kept: KeptChannels | None = None,
+        spread: Spread | None = None,
     ) -> Tensor:
         """Run layers `start` to `stop - 1`.
 
@@ -71,6 +73,7 @@ class LayerPass:
             left: What has left, broadcastable to `[rows, seq, 1]`: it keeps its state, from which
                 its K/V are written. None when nothing has.
             kept: How much of the MLPs each token of `[rows, seq]` runs; None for all.
+            spread: Takes how evenly the last of these layers attends; None where nobody asks.
 
         Returns:
             States after layer `stop - 1`.
@@ -79,7 +82,10 @@ class LayerPass:
         for i in range(start, stop):
             call = calls[i]
             layer = layers[i] if kept is None else self._narrowed(i, kept)
-            output = layer(hidden, *call.args, **call.kwargs)
+            if spread is not None and i == stop - 1:
+                output = spread.run(layer, hidden, *call.args, **call.kwargs)
+            else:
+                output = layer(hidden, *call.args, **call.kwargs)
             if isinstance(output, tuple):
                 output = output[0]
             if left is None:
@@ -234,10 +240,11 @@ class DecodeLoop:
             feedback = parts.layout.last_state(cache, hidden)
         at = 0
         for k, head in enumerate(parts.heads):
-            stop = head.layer_idx + 1
-            hidden = parts.passes.run(hidden, calls, at, stop, None if settles else step.left)
+            stop, spread = head.layer_idx + 1, step.spread_at(k)
+            left = None if settles else step.left
+            hidden = parts.passes.run(hidden, calls, at, stop, left, spread=spread)
             at = stop
-            if not step.tries(k, hidden):
+            if not step.tries(k, hidden, None if spread is None else spread.last):
                 parts.fill_head(k, hidden, calls, cache, feedback)
                 continue
             step.leave(k, parts.apply_head(k, hidden, calls, cache, feedback))

@@ -34,12 +34,15 @@ class Observation:
             the exit was not asked.
         attention: Attention weights of the tokens, `[..., heads, keys]`; None where they are not
             known.
+        spread: What `AttentionEntropyEstimator` makes of such weights, `[...]`, where something
+            else has worked it out, as `Spread` does; None where nothing has.
     """
 
     states: Tensor
     before: Tensor | None = None
     probability: Tensor | None = None
     attention: Tensor | None = None
+    spread: Tensor | None = None
 
     def unknown(self) -> Tensor:
         """NaN for each token."""
@@ -163,6 +166,8 @@ class AttentionEntropyEstimator:
 
     def risk(self, seen: Observation) -> Tensor:
         """Mean over heads of ``H(attention) / ln(keys)``, `[...]`; NaN without attention."""
+        if seen.spread is not None:
+            return seen.spread.to(seen.states.device, seen.precision)
         if seen.attention is None:
             return seen.unknown()
         weights = seen.attention.to(seen.precision)

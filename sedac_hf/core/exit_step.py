@@ -15,6 +15,7 @@ from sedac_hf.core.cascade_state import StepContext
 from sedac_hf.core.session import StepRecord
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.cascade_controller import CascadeController, CheckpointDecision
     from sedac_hf.core.decoder_loop import ExitParts
     from sedac_hf.core.session import ExitSession
@@ -100,17 +101,35 @@ class ExitStep:
         self._later = self.record.risks.copy()
         self.left: Tensor | None = None
 
-    def tries(self, k: int, hidden: Tensor) -> bool:
-        """Ask the cascade about checkpoint `k`; whether any row is to try its head."""
-        tries = self._asks and self._ask(k, hidden)
-        if self._held_exits is not None or (self._follows and self._exits is not None):
-            self._follow(k, hidden)
+    def spread_at(self, k: int) -> Spread | None:
+        """What the layer of checkpoint `k` is to fill in; None where nobody looks at it."""
+        return self._cascade.spread_at(k) if self._asks or self._is_following else None
+
+    def tries(self, k: int, hidden: Tensor, spread: Tensor | None = None) -> bool:
+        """Ask the cascade about checkpoint `k`.
+
+        Args:
+            k: Which checkpoint.
+            hidden: States there, `[rows, 1, width]`.
+            spread: How evenly the rows attend in its layer, `[rows]`, where `spread_at` asks.
+
+        Returns:
+            Whether any row is to try its head.
+        """
+        tries = self._asks and self._ask(k, hidden, spread)
+        if self._is_following:
+            self._follow(k, hidden, spread)
         self._before = hidden[:, 0]
         return tries
 
-    def _ask(self, k: int, hidden: Tensor) -> bool:
+    @property
+    def _is_following(self) -> bool:
+        """Whether risks are wanted of rows that need not be asked any more."""
+        return self._held_exits is not None or (self._follows and self._exits is not None)
+
+    def _ask(self, k: int, hidden: Tensor, spread: Tensor | None) -> bool:
         decision = checkpoint_decision(
-            self._parts, self._cascade, k, hidden[:, 0], self._state, self._active
+            self._parts, self._cascade, k, hidden[:, 0], self._state, self._active, spread
         )
         record = self.record
         record.risks[:, k] = decision.risk
@@ -118,9 +137,9 @@ class ExitStep:
         record.tries[:, k] = self._try = decision.try_exit
         return decision.tries > 0
 
-    def _follow(self, k: int, hidden: Tensor) -> None:
+    def _follow(self, k: int, hidden: Tensor, spread: Tensor | None) -> None:
         """Note the risks at checkpoint `k` of rows that need not be asked any more."""
-        found = risks_of(self._parts, self._cascade, k, hidden[:, 0], self._before)
+        found = risks_of(self._parts, self._cascade, k, hidden[:, 0], self._before, spread)
         held = (self.held >= 0) & (self.held < k)
         left = (self.record.checkpoints >= 0) & (self.record.checkpoints < k)
         self.record.risks[held, k] = found[held]
@@ -189,6 +208,7 @@ def checkpoint_decision(
     states: Tensor,
     state: Any,
     active: Mask,
+    spread: Tensor | None = None,
 ) -> CheckpointDecision:
     """Risk, normalised confidence and whether to try, for each row at checkpoint `k`.
 
@@ -199,12 +219,14 @@ def checkpoint_decision(
         states: Hidden states `[rows, width]`.
         state: What the cascade has accumulated for these rows.
         active: Rows that are still asked, `[rows]`.
+        spread: How evenly the rows attend in the checkpoint's layer, `[rows]`; None if that is not
+            known.
 
     Returns:
         The decision; NaN risk and confidence, and no try, for rows that are not asked.
     """
     if states.device.type == "cpu" or cascade.fuses:
-        return cascade.step(k, states, state, active)
+        return cascade.step(k, states, state, active, spread)
     decision = cascade.step_risk(k, parts.probes.risk(k, states), state, active)
     risk = np.where(active, decision.risk, np.float32(np.nan))
     return decision._replace(risk=risk)
@@ -216,6 +238,7 @@ def risks_of(
     k: int,
     states: Tensor,
     before: Tensor | None = None,
+    spread: Tensor | None = None,
 ) -> npt.NDArray[np.float32]:
     """Risk of each row at checkpoint `k`, whoever has left.
 
@@ -225,12 +248,13 @@ def risks_of(
         k: Index of the checkpoint.
         states: Hidden states `[rows, width]`.
         before: States of the same rows at the checkpoint before, or embeddings.
+        spread: How evenly the rows attend, as for `checkpoint_decision`.
 
     Returns:
-        Risks, `[rows]`; NaN where they need states before and there are none.
+        Risks, `[rows]`; NaN where they need something that is not known.
     """
     if states.device.type == "cpu" or cascade.fuses:
-        return cascade.risks(k, states, before)
+        return cascade.risks(k, states, before, spread)
     return np.asarray(parts.probes.risk(k, states).detach().cpu(), np.float32)
 
 

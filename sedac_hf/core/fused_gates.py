@@ -163,7 +163,14 @@ class FusedGates:
 
     def needs_before(self, k: int) -> bool:
         """Whether a gate at checkpoint `k` looks at the states of the checkpoint before."""
-        return any("consistency" in getattr(self._fusion[k], name).kept for name in _GATES)
+        return self._keeps(k, "consistency")
+
+    def needs_attention(self, k: int) -> bool:
+        """Whether a gate at checkpoint `k` looks at how evenly its layer attends."""
+        return self._keeps(k, "attention")
+
+    def _keeps(self, k: int, modality: str) -> bool:
+        return any(modality in getattr(self._fusion[k], name).kept for name in _GATES)
 
     def risk(self, k: int, seen: Seen) -> FloatArray:
         """The fused risk before the exit head.

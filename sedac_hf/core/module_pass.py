@@ -23,6 +23,7 @@ from sedac_hf.core.row_pass import BASE
 from sedac_hf.errors import CacheError
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.decoder_loop import ExitParts, LayerPass
     from sedac_hf.core.narrow_tail import KeptChannels
@@ -118,11 +119,12 @@ class ModulePass:
         start: int,
         stop: int,
         kept: KeptChannels | None = None,
+        spread: Spread | None = None,
     ) -> Tensor:
         """See `RowPass.layers`."""
         calls = self._begin(BASE, hidden, at)
         passes = cast("LayerPass", self._parts.passes)
-        return passes.run(hidden, calls, start, stop, kept=kept)
+        return passes.run(hidden, calls, start, stop, kept=kept, spread=spread)
 
     def head(self, k: int, hidden: Tensor, feedback: Tensor | None, at: Placement) -> Tensor:
         """See `RowPass.head`."""

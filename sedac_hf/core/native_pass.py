@@ -20,6 +20,7 @@ from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf import _core
     from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
     from sedac_hf.core.native_model import NativeParts
@@ -180,6 +181,7 @@ class NativePass:
         start: int,
         stop: int,
         kept: KeptChannels | None = None,
+        spread: Spread | None = None,
     ) -> Tensor:
         """See `RowPass.layers`; states come out as float32.
 
@@ -188,11 +190,15 @@ class NativePass:
         """
         parts = self._parts
         if kept is None:
-            return self._run(parts.base, BASE, hidden, None, at, (start, stop), parts)
+            return self._run(
+                parts.base, BASE, hidden, None, at, (start, stop), parts, spread=spread
+            )
         assert self._narrow is not None  # a session with soft exits has seen to it
         narrow = self._model.narrow_stack(parts, self._narrow)
         counts = self._narrow.counts(kept, start, stop)
-        return self._run(narrow.stack, BASE, hidden, None, at, (start, stop), parts, counts)
+        return self._run(
+            narrow.stack, BASE, hidden, None, at, (start, stop), parts, counts, spread=spread
+        )
 
     def fill_last(self, hidden: Tensor, at: Placement) -> None:
         """Write the K/V of the base's last layer, and nothing more.
@@ -311,6 +317,8 @@ class NativePass:
         span: tuple[int, int | None],
         parts: NativeParts,
         counts: IntArray | None = None,
+        *,
+        spread: Spread | None = None,
     ) -> Tensor:
         shape, rows = hidden.shape, self._going
         if rows is not None:
@@ -322,6 +330,10 @@ class NativePass:
                 counts = np.ascontiguousarray(by_row.reshape(len(counts), -1))
         # The core writes over what it is given.
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, shape[-1]).contiguous()
+        evenness = None
+        if spread is not None and span[0] != span[1]:
+            evenness = torch.full(hidden.shape[:-1], torch.nan)
+            spread.risk = evenness
         if len(states):
             stack.run(
                 self.cache(part),
@@ -335,11 +347,15 @@ class NativePass:
                 threads(),
                 rows,
                 counts,
+                None if evenness is None else evenness.view(-1).numpy(),
             )
         if rows is None:
             return states.view(shape)
         found = torch.zeros(shape)
         found[some] = states.view(hidden.shape)
+        if spread is not None and evenness is not None:
+            spread.risk = torch.full(shape[:-1], torch.nan)
+            spread.risk[some] = evenness
         return found
 
     def cache(self, part: int) -> _core.KvCache:

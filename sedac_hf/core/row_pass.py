@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.narrow_tail import KeptChannels
 
 __all__ = ["BASE", "Placement", "RowPass"]
@@ -135,6 +136,7 @@ class RowPass(Protocol):
         start: int,
         stop: int,
         kept: KeptChannels | None = None,
+        spread: Spread | None = None,
     ) -> Tensor:
         """Run the base's layers `start` to `stop - 1`.
 
@@ -144,6 +146,7 @@ class RowPass(Protocol):
             start: First layer.
             stop: End of the layers.
             kept: How much of the MLPs each node runs; None for all.
+            spread: Takes how evenly the last of these layers attends; None where nobody asks.
 
         Returns:
             States after layer `stop - 1`, same shape.

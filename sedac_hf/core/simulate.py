@@ -72,7 +72,7 @@ def simulate(
         logits = parts.shell.run(loop, **arguments).logits
         trace = loop.trace
     elif settles:
-        recorded = RecordedPass.record(parts, arguments)
+        recorded = RecordedPass.record(parts, arguments, cascade.attentive)
         trace, states = settled_states(parts, cascade, recorded, arguments, eligible)
         logits = parts.shell.logits(states)
     elif goes_step_by_step(parts, cascade):
@@ -219,10 +219,10 @@ class SimulateLoop:
         left: Tensor | None = None
         at = 0
         for k, head in enumerate(parts.heads):
-            stop = head.layer_idx + 1
-            hidden = parts.passes.run(hidden, calls, at, stop, left)
+            stop, spread = head.layer_idx + 1, self._cascade.spread_at(k)
+            hidden = parts.passes.run(hidden, calls, at, stop, left, spread=spread)
             at = stop
-            tries = self._ask(k, hidden, state, active)
+            tries = self._ask(k, hidden, state, active, None if spread is None else spread.flat)
             if not tries.any():
                 continue
             found = parts.apply_head(k, hidden, calls, None, None)
@@ -240,11 +240,13 @@ class SimulateLoop:
             return hidden
         return torch.where(left.to(hidden.device), exits.to(hidden.device), hidden)
 
-    def _ask(self, k: int, hidden: Tensor, state: Any, active: Mask) -> Mask:
+    def _ask(
+        self, k: int, hidden: Tensor, state: Any, active: Mask, spread: Tensor | None
+    ) -> Mask:
         """Positions that try at checkpoint `k`, `[rows, seq]`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = checkpoint_decision(
-            self._parts, self._cascade, k, flat, state, active.reshape(-1)
+            self._parts, self._cascade, k, flat, state, active.reshape(-1), spread
         )
         trace = self.trace
         trace.risks[..., k] = decision.risk.reshape(active.shape)

@@ -16,6 +16,7 @@ from sedac_hf.core.session import StepRecord
 from sedac_hf.core.stepwise import empty_trace
 
 if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.base_shell import LayerCall
     from sedac_hf.core.cascade_controller import CascadeController
     from sedac_hf.core.decoder_loop import ExitParts, LayerPass
@@ -57,19 +58,25 @@ class SoftStep:
         self.kept = KeptChannels(parts.shell.num_layers, active.shape)
         self._soft = np.full(active.shape, -1, np.int64)
 
-    def ask(self, k: int, hidden: Tensor) -> None:
+    def spread_at(self, k: int) -> Spread | None:
+        """What the layer of checkpoint `k` is to fill in; None where nobody looks at it."""
+        return self._cascade.spread_at(k) if self._active.any() else None
+
+    def ask(self, k: int, hidden: Tensor, spread: Tensor | None = None) -> None:
         """Ask the cascade about checkpoint `k`.
 
         Args:
             k: Index of the checkpoint.
             hidden: States there, `[rows, seq, width]`.
+            spread: How evenly the tokens attend in its layer, `[rows * seq]`, where `spread_at`
+                asks.
         """
         if not self._active.any():
             return
         shape = self._active.shape
         flat = hidden.reshape(-1, hidden.shape[-1])
         found = checkpoint_decision(
-            self._parts, self._cascade, k, flat, self._state, self._active.reshape(-1)
+            self._parts, self._cascade, k, flat, self._state, self._active.reshape(-1), spread
         )
         record = self.record
         record.risks[..., k] = found.risk.reshape(shape)
@@ -92,9 +99,9 @@ def _through(parts: ExitParts, step: SoftStep, hidden: Tensor, calls: list[Layer
     """All layers, the cascade being asked at each checkpoint."""
     at, kept, passes = 0, step.kept, cast("LayerPass", parts.passes)
     for k, head in enumerate(parts.heads):
-        stop = head.layer_idx + 1
-        hidden = passes.run(hidden, calls, at, stop, kept=kept)
-        step.ask(k, hidden)
+        stop, spread = head.layer_idx + 1, step.spread_at(k)
+        hidden = passes.run(hidden, calls, at, stop, kept=kept, spread=spread)
+        step.ask(k, hidden, None if spread is None else spread.flat)
         at = stop
     return passes.run(hidden, calls, at, len(calls), kept=kept)
 

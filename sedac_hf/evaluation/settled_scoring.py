@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -80,9 +80,11 @@ def score_policies(
         for i in range(len(cascades))
         if i not in apart
     }
+    asked = [model.assembly.controller(c) for i in tables if (c := cascades[i]) is not None]
+    attentive = {k for controller in asked for k in controller.attentive}
     with torch.inference_mode():
         for group in length_batches(documents, budget):
-            batch = _Batch(model, parts, [documents[i] for i in group])
+            batch = _Batch(model, parts, [documents[i] for i in group], attentive)
             for i, table in tables.items():
                 batch.score(cascades[i], table, group)
     scores = apart | {i: table.scores() for i, table in tables.items()}
@@ -106,7 +108,11 @@ class _Batch:
     """Some documents with everything the base says about them."""
 
     def __init__(
-        self, model: SedacForCausalLM, parts: ExitParts, documents: Sequence[Document]
+        self,
+        model: SedacForCausalLM,
+        parts: ExitParts,
+        documents: Sequence[Document],
+        attentive: Collection[int],
     ) -> None:
         self._model = model
         self._parts = parts
@@ -124,7 +130,7 @@ class _Batch:
             at < np.array(self._lengths)[:, None] - 1
         )
         self._targets = ids.roll(-1, 1).to(device)
-        self._recorded = RecordedPass.record(parts, self._arguments)
+        self._recorded = RecordedPass.record(parts, self._arguments, attentive)
         self._full = np.zeros(ids.shape)
         self._full[self._scored] = self._nll(self._recorded.final, self._scored)
 

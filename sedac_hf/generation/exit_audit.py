@@ -79,18 +79,28 @@ class ExitAudit:
                 step.exit_states(rows),
             )
 
-    def passing(self, node: int, k: int, hidden: Tensor) -> None:
+    @property
+    def observed(self) -> list[int]:
+        """Depths at which it is to be seen how evenly tokens attend, so that risks are known."""
+        if not self._waiting:
+            return []
+        heads = self._parts.heads
+        return [heads[k].layer_idx + 1 for k in self._watch.cascade.attentive]
+
+    def passing(self, node: int, k: int, hidden: Tensor, spread: Tensor | None) -> None:
         """A node has come to a checkpoint: risks there that were not known become known.
 
         Args:
             node: The node.
             k: The checkpoint.
             hidden: States there, `[rows, 1, width]`.
+            spread: How evenly the rows attend in its layer, `[rows]`; None if nobody looked.
         """
         waiting = self._waiting.get(node)
         if waiting is not None and np.isnan(waiting.risks[:, k]).any():
-            states = hidden[waiting.rows.to(hidden.device), 0]
-            found = risks_of(self._parts, self._watch.cascade, k, states)
+            rows = waiting.rows.to(hidden.device)
+            seen = None if spread is None else spread[rows.to(spread.device)]
+            found = risks_of(self._parts, self._watch.cascade, k, hidden[rows, 0], spread=seen)
             unknown = np.isnan(waiting.risks[:, k])
             waiting.risks[unknown, k] = found[unknown]
 

@@ -32,7 +32,8 @@ class HeadWatch:
 
     Only the head that drafts is run, so its checkpoint is judged as if it were the only one, by the
     rules for all classes of tokens. Where its risk needs the states of the checkpoint before, which
-    a draft does not run, there is nothing to see.
+    a draft does not run, or how evenly its layer attends, which nobody looks at in trees, there is
+    nothing to see.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class HeadWatch:
             gates=parts.gates.only(k),
             modules=ProbeManager([cast("LREProbe", parts.probes.probes[k])]),
         )
-        self._blind = self._cascade.needs_before(0)
+        self._blind = self._cascade.needs_before(0) or self._cascade.needs_attention(0)
 
     def see(
         self, hidden: Tensor, exits: Tensor, finals: Tensor, valid: npt.NDArray[np.bool_]

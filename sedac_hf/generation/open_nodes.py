@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from sedac_hf.core.attention_spread import Spread
 
 if TYPE_CHECKING:
     from sedac_hf.core.row_pass import Placement, RowPass
@@ -85,7 +87,7 @@ class OpenNodes:
         state: RowState,
         checkpoints: Sequence[int],
         queues: Sequence[HeadQueue],
-        passing: Callable[[int, int, Tensor], None] | None = None,
+        passing: Callable[[int, int, Tensor, Tensor | None], None] | None = None,
     ) -> None:
         """Begin with none.
 
@@ -95,7 +97,8 @@ class OpenNodes:
             checkpoints: Layers that are run before each checkpoint, in increasing order.
             queues: What waits for each checkpoint's head.
             passing: Is told when a node comes to a checkpoint: the node, the index of the
-                checkpoint, its states there.
+                checkpoint, its states there, and how evenly it attends, `[rows]`, where `advance`
+                was told to look.
         """
         self._passing = passing
         self._run = run
@@ -105,6 +108,7 @@ class OpenNodes:
         self._hidden: list[Tensor] = []
         self._before: list[Tensor] = []
         self._depths: list[int] = []
+        self._spread: Tensor | None = None
 
     def __len__(self) -> int:
         """Tokens whose layers are not all run."""
@@ -125,14 +129,24 @@ class OpenNodes:
         self._hidden.append(hidden)
         self._before.append(before)
         self._depths.append(0)
+        self._spread = None
         self._pass(len(self) - 1, 0)
         return hidden
 
-    def advance(self, stop: int) -> Tensor:
+    @property
+    def spread(self) -> Tensor | None:
+        """How evenly the last token attends in the last layer it was run through, `[rows]`.
+
+        None where `advance` was not told to look.
+        """
+        return self._spread
+
+    def advance(self, stop: int, observed: Collection[int] = ()) -> Tensor:
         """Run the last token, and whoever must come along, through layers up to `stop`.
 
         Args:
             stop: End of the layers.
+            observed: Depths behind whose last layer it is looked at how evenly tokens attend.
 
         Returns:
             The last token's state there, `[rows, 1, width]`.
@@ -145,11 +159,15 @@ class OpenNodes:
             steps = np.tile(np.arange(first, count), (rows, 1))
             at = self._state.place(steps, _chain(rows, first, count))
             hidden = torch.cat(self._hidden[first:], dim=1)
-            hidden = self._run.layers(hidden, at, start, end)
+            spread = Spread() if end in observed else None
+            hidden = self._run.layers(hidden, at, start, end, spread=spread)
+            risks = None if spread is None else spread.risk
+            self._spread = None if risks is None else risks[:, -1]
             for node in range(first, count):
-                self._hidden[node] = hidden[:, node - first : node - first + 1]
+                place = node - first
+                self._hidden[node] = hidden[:, place : place + 1]
                 self._depths[node] = end
-                self._pass(node, end)
+                self._pass(node, end, None if risks is None else risks[:, place])
         return self._hidden[-1]
 
     @property
@@ -162,13 +180,13 @@ class OpenNodes:
         self._state.length = self._state.length + len(self)
         self._hidden, self._before, self._depths = [], [], []
 
-    def _pass(self, node: int, depth: int) -> None:
+    def _pass(self, node: int, depth: int, spread: Tensor | None = None) -> None:
         """Put a token that has come to a checkpoint in its head's queue."""
         if depth in self._checkpoints:
             k = self._checkpoints.index(depth)
             self._queues[k].add(self._hidden[node], self._before[node])
             if self._passing is not None:
-                self._passing(node, k, self._hidden[node])
+                self._passing(node, k, self._hidden[node], spread)
 
 
 def _chain(rows: int, first: int, count: int) -> npt.NDArray[np.bool_]:

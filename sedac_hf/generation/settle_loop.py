@@ -175,8 +175,9 @@ class SettleLoop:
             return self._whole_step()
         step, looks = self._begin(hidden)
         for k, stop in enumerate(self._stops):
-            hidden = self._open.advance(stop)
-            if step.tries(k, hidden):
+            asks = step.spread_at(k) is not None
+            hidden = self._open.advance(stop, (stop,) if asks else ())
+            if step.tries(k, hidden, self._open.spread):
                 step.leave(k, self._queues[k].flush())
             elif len(self._queues[k]) >= _MAX_QUEUE:
                 self._queues[k].fill()
@@ -230,7 +231,8 @@ class SettleLoop:
         return self._run.draft_top(states, 1)[1][..., 0]
 
     def _finish(self) -> Tensor:
-        hidden = self._open.advance(self._parts.shell.num_layers)
+        observed = () if self._audit is None else self._audit.observed
+        hidden = self._open.advance(self._parts.shell.num_layers, observed)
         if self._audit is not None:
             self._audit.settle(self._open.states)
         self._open.close()

@@ -30,9 +30,10 @@ class SoftPassLoop(SettleLoop):
             step = SoftStep(parts, self._session.cascade, record, ~self._texts.done)
             layer = 0
             for k, head in enumerate(parts.heads):
-                hidden = run.layers(hidden, at, layer, head.layer_idx + 1, step.kept)
-                layer = head.layer_idx + 1
-                step.ask(k, hidden)
+                stop, spread = head.layer_idx + 1, step.spread_at(k)
+                hidden = run.layers(hidden, at, layer, stop, step.kept, spread)
+                layer = stop
+                step.ask(k, hidden, None if spread is None else spread.flat)
             hidden = run.layers(hidden, at, layer, depth, step.kept)
             record = step.finish()
         else:

@@ -12,6 +12,7 @@ from sedac_hf.core.decoder_loop import LayerPass
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.base_shell import BaseShell, LayerCall
     from sedac_hf.core.kv_fill import KVFill
     from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
@@ -59,9 +60,10 @@ class NoisyPass(LayerPass):
         stop: int,
         left: Tensor | None = None,
         kept: KeptChannels | None = None,
+        spread: Spread | None = None,
     ) -> Tensor:
         """See `LayerPass.run`; what has left is not disturbed."""
-        output = super().run(hidden, calls, start, stop, left, kept)
+        output = super().run(hidden, calls, start, stop, left, kept, spread)
         if stop not in self._stops or self._strength == 0:
             return output
         # Drawn on the CPU, so that every device gets the same.

@@ -226,8 +226,11 @@ class _Batch:
         assembly, cascade = self._model.assembly, self._model.cascade
         assert cascade is not None
         controller = assembly.controller(cascade)
-        recorded = RecordedPass.record(self._parts(strength), self._arguments)
-        if self._model.config.kv_mode == "settle" and not cascade.is_soft:
+        settles = self._model.config.kv_mode == "settle" and not cascade.is_soft
+        recorded = RecordedPass.record(
+            self._parts(strength), self._arguments, controller.attentive if settles else ()
+        )
+        if settles:
             trace, states = settled_states(
                 self._parts(strength), controller, recorded, self._arguments, self._eligible
             )

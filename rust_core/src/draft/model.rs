@@ -77,7 +77,8 @@ impl Part<'_> {
             .iter()
             .map(|own| Rotation { cos: &own.cos, sin: &own.sin, width: own.width })
             .collect();
-        let tokens = Tokens { states, feedback, at: &nodes.at, rotations: &rotations, kept: None };
+        let (at, rotations) = (&nodes.at, rotations.as_slice());
+        let tokens = Tokens { states, feedback, at, rotations, kept: None, spread: None };
         self.stack.run(self.cache, tokens, layers, model.threads)
     }
 }

@@ -1,8 +1,9 @@
 //! Attention of one layer: queries, keys and values of all tokens, and the blocks of their heads.
 
-use super::attention::{Item, join, needed_blocks};
+use super::attention::Item;
 use super::float::by_float;
 use super::heads::prepare;
+use super::join::{evenness, join, needed_blocks};
 use super::layer::{Layer, Linear};
 use super::run::{Call, Own, Step};
 use super::slots;
@@ -21,6 +22,7 @@ impl Call<'_> {
         team.wait()?;
         self.blocks(team, own, index, layer);
         team.wait()?;
+        self.note_spread(team, index, layer);
         self.pack_attended(own, layer);
         self.linear(team, &layer.output, &own.inputs, buffers.added);
         team.wait()?;
@@ -103,10 +105,42 @@ impl Call<'_> {
                 let (cache, kernel, how) = (self.cache, self.kernel(), layer.attention);
                 let layer = index;
                 let item = Item { cache, layer, row, head, block, at, how, queries, kernel };
+                let mut partial = self.buffers.partial;
+                partial.moments = partial.moments.filter(|_| self.is_last(index));
                 // SAFETY: K and V are behind a barrier; the block is this thread's alone.
-                unsafe { item.run(&mut own.attention, self.buffers.partial) };
+                unsafe { item.run(&mut own.attention, partial) };
             }
         });
+    }
+
+    /// How evenly each token attends in the last layer, where that is wanted.
+    fn note_spread(&self, team: &Team<'_>, index: usize, layer: &Layer) {
+        let partial = self.buffers.partial;
+        let (Some(to), Some(moments), true) = (self.spread, partial.moments, self.is_last(index))
+        else {
+            return;
+        };
+        let (at, heads, padded) = (self.tokens.at, layer.query_heads(), layer.shape.padded());
+        let (stripes, window) = (heads * partial.blocks, layer.attention.window);
+        // SAFETY: everybody has passed the barrier behind the blocks.
+        let (parts, moments) = unsafe { (partial.to.read(), moments.read()) };
+        team.share(self.count, 1, |tokens| {
+            for token in tokens {
+                let row = token / at.nodes;
+                let seen = at.settled(row) + at.seen[token].len();
+                let keys = window.map_or(seen, |window| seen.min(window));
+                let parts = &parts[token * stripes * (padded + 2)..][..stripes * (padded + 2)];
+                let moments = &moments[token * stripes..][..stripes];
+                let blocks = needed_blocks(at, row, window);
+                let found = evenness(parts, moments, heads, blocks, padded, keys);
+                // SAFETY: the token is this thread's; nobody reads before the call is over.
+                unsafe { to.write(token, found) };
+            }
+        });
+    }
+
+    fn is_last(&self, index: usize) -> bool {
+        index + 1 == self.layers.end
     }
 
     /// Joins the blocks of all heads and makes them inputs of the output projection.

@@ -4,13 +4,12 @@
 //! among its ancestors. Sums run over blocks of these numbers, whichever slots the keys are in, so
 //! that a node in a tree gets the bits that it would get alone.
 
-use super::activation::exp;
 use super::cache::{CHUNK, Chunk, RowCache, Shape};
 use super::float::{Element, STEP, by_float};
 use super::kernel::Kernel;
 use super::panel::Panel;
 use super::shared::Shared;
-use super::softmax::softmax;
+use super::softmax::{softmax, softmax_and_moment};
 
 /// Keys that are summed before blocks are joined.
 pub const BLOCK: usize = 256;
@@ -41,12 +40,12 @@ impl Placement {
     }
 
     /// Settled slots that a row's nodes see.
-    fn settled(&self, row: usize) -> usize {
+    pub(super) fn settled(&self, row: usize) -> usize {
         self.length[row] - self.first[row]
     }
 
     /// Blocks that a row's nodes need at most.
-    fn blocks(&self, row: usize) -> usize {
+    pub(super) fn blocks(&self, row: usize) -> usize {
         (self.settled(row) + self.open).div_ceil(BLOCK)
     }
 
@@ -90,6 +89,8 @@ pub(crate) struct Item<'a> {
 pub(crate) struct Partial<'a> {
     pub to: Shared<'a>,
     pub blocks: usize,
+    /// Where wanted, the sums of `weight * (score - greatest)`: `[tokens, heads, blocks]`.
+    pub moments: Option<Shared<'a>>,
 }
 
 /// Memory that a thread reuses from item to item.
@@ -100,6 +101,7 @@ pub(crate) struct Scratch {
     open: Vec<f32>,
     weights: Vec<f32>,
     sums: Vec<f32>,
+    shifted: Vec<f32>,
 }
 
 fn cleared(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
@@ -127,7 +129,7 @@ impl Item<'_> {
         let first = self.at.first[self.row];
         let slots = first + low.min(settled)..first + high.min(settled);
         let has_open = settled + self.at.open > low && settled < high;
-        let Scratch { queries: own, settled: scores, open, weights, sums } = scratch;
+        let Scratch { queries: own, settled: scores, open, weights, sums, shifted } = scratch;
         self.gather_queries(shape, cleared(own, queries * shape.dim));
         // SAFETY: slots lie within what `reserve` made room for.
         unsafe {
@@ -159,7 +161,14 @@ impl Item<'_> {
                 let hidden = hidden.saturating_sub(low).min(count);
                 let (scaling, cap) = (self.how.scaling, self.how.softcap);
                 let own_weights = &mut own_weights[..count];
-                bounds.push(softmax(self.kernel, own_weights, hidden, scaling, cap));
+                bounds.push(if let Some(moments) = partial.moments {
+                    let (greatest, total, moment) =
+                        softmax_and_moment(self.kernel, own_weights, hidden, scaling, cap, shifted);
+                    moments.write(self.stripe(shape, partial, query), moment);
+                    (greatest, total)
+                } else {
+                    softmax(self.kernel, own_weights, hidden, scaling, cap)
+                });
             }
             self.settled_values::<E>(shape, slots.clone(), weights, sums);
             for query in 0..queries {
@@ -181,13 +190,17 @@ impl Item<'_> {
 
     /// The stripe of this block and a query.
     unsafe fn part<'p>(&self, shape: Shape, partial: Partial<'p>, query: usize) -> &'p mut [f32] {
+        let size = shape.padded() + 2;
+        // SAFETY: the stripe belongs to this item alone.
+        unsafe { partial.to.part(self.stripe(shape, partial, query) * size, size) }
+    }
+
+    /// Number of that stripe.
+    fn stripe(&self, shape: Shape, partial: Partial<'_>, query: usize) -> usize {
         let token = self.row * self.at.nodes + query / self.how.group;
         let head = self.head * self.how.group + query % self.how.group;
         let heads = shape.heads * self.how.group;
-        let size = shape.padded() + 2;
-        let stripe = (token * heads + head) * partial.blocks + self.block;
-        // SAFETY: the stripe belongs to this item alone.
-        unsafe { partial.to.part(stripe * size, size) }
+        (token * heads + head) * partial.blocks + self.block
     }
 
     fn gather_queries(&self, shape: Shape, to: &mut [f32]) {
@@ -309,41 +322,4 @@ fn picks(seen: &[usize], settled: usize, low: usize, high: usize) -> &[usize] {
     let from = low.saturating_sub(settled).min(seen.len());
     let to = high.saturating_sub(settled).clamp(from, seen.len());
     &seen[from..to]
-}
-
-/// The blocks of one row that any of its nodes sees.
-pub(crate) fn needed_blocks(
-    at: &Placement,
-    row: usize,
-    window: Option<usize>,
-) -> std::ops::Range<usize> {
-    let least = (0..at.nodes).map(|node| at.seen[row * at.nodes + node].len()).min().unwrap_or(0);
-    let oldest = window.map_or(0, |window| (at.settled(row) + least).saturating_sub(window));
-    oldest / BLOCK..at.blocks(row)
-}
-
-/// Joins the blocks of one query in order into `out`, `[dim]`.
-pub(crate) fn join(parts: &[f32], blocks: std::ops::Range<usize>, padded: usize, out: &mut [f32]) {
-    let size = padded + 2;
-    let part = |block: usize| &parts[block * size..][..size];
-    // A block of which the query sees nothing has no weight; one with NaN has a sum of NaN.
-    let counts = |block: &usize| part(*block)[padded + 1] != 0.0;
-    let greatest = blocks
-        .clone()
-        .filter(counts)
-        .map(|block| part(block)[padded])
-        .fold(f32::NEG_INFINITY, f32::max);
-    let mut total = 0.0;
-    out.fill(0.0);
-    for block in blocks.filter(counts) {
-        let part = part(block);
-        let factor = exp(part[padded] - greatest);
-        total += part[padded + 1] * factor;
-        for (to, from) in out.iter_mut().zip(part) {
-            *to += from * factor;
-        }
-    }
-    for to in out.iter_mut() {
-        *to /= total;
-    }
 }

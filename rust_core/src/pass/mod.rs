@@ -18,6 +18,7 @@ pub mod float;
 pub mod heads;
 pub mod inputs;
 mod instructions;
+mod join;
 pub mod kernel;
 pub mod lanes;
 pub mod layer;

@@ -44,7 +44,9 @@ pub(super) struct Call<'a> {
     pub(super) cache: &'a RowCache,
     feedback: Option<&'a [f32]>,
     pub(super) tokens: Tokens<'a>,
-    layers: Range<usize>,
+    pub(super) layers: Range<usize>,
+    /// Takes how evenly each token attends in the last layer.
+    pub(super) spread: Option<Shared<'a>>,
     widths: Vec<Widths>,
     fills: bool,
     pub(super) buffers: Buffers<'a>,
@@ -71,7 +73,7 @@ pub(super) fn run(
     fills: bool,
     threads: usize,
 ) -> Result<()> {
-    let Tokens { states, feedback, at, rotations, kept } = tokens;
+    let Tokens { states, feedback, at, rotations, kept, spread } = tokens;
     let width = stack.width();
     let count = states.len() / width;
     let most = |size: fn(&Layer) -> usize| stack.layers().iter().map(size).max().unwrap_or(0);
@@ -81,30 +83,35 @@ pub(super) fn run(
     let mut keys = vec![0.0; count * most(|layer| layer.key.matrix.rows())];
     let mut values = vec![0.0; count * most(|layer| layer.value.matrix.rows())];
     let mut partial = vec![0.0; count * blocks * stripe];
+    let spread = spread.map(Shared::new);
+    let mut moments =
+        vec![0.0; spread.map_or(0, |_| count * blocks * most(|layer| layer.query_heads()))];
+    let moments = spread.map(|_| Shared::new(&mut moments));
     let mut inner = vec![0.0; count * most(|layer| layer.gate.matrix.rows())];
     let mut added = vec![0.0; count * width];
     let buffers = Buffers {
         queries: Shared::new(&mut queries),
         keys: Shared::new(&mut keys),
         values: Shared::new(&mut values),
-        partial: Partial { to: Shared::new(&mut partial), blocks },
+        partial: Partial { to: Shared::new(&mut partial), blocks, moments },
         inner: Shared::new(&mut inner),
         added: Shared::new(&mut added),
     };
     let initial = states.to_vec();
     let result = Shared::new(states);
-    let tokens = Tokens { states: &mut [], feedback, at, rotations, kept };
+    let tokens = Tokens { states: &mut [], feedback, at, rotations, kept, spread: None };
     let inners: Vec<usize> =
         stack.layers()[layers.clone()].iter().map(|layer| layer.gate.matrix.rows()).collect();
     let widths = Widths::all(&inners, kept, count);
     let groups: usize = widths.iter().map(|widths| widths.groups().len()).sum();
-    let shares = 6 * layers.len() + 2 * groups + 2;
+    let shares = 6 * layers.len() + 2 * groups + 2 + usize::from(spread.is_some());
     let call = Call {
         stack,
         cache,
         feedback,
         tokens,
         layers,
+        spread,
         widths,
         fills,
         buffers,

@@ -16,7 +16,23 @@ pub fn softmax(
     scaling: f32,
     cap: Option<f32>,
 ) -> (f32, f32) {
-    kernel.run(Scores { scores, hidden, scaling, cap })
+    kernel.run(Scores { scores, hidden, scaling, cap, shifted: None })
+}
+
+/// The same; also the sum of `weight * (score - greatest)`, by which the entropy of the weights is
+/// known. `shifted` is memory to work in.
+pub(super) fn softmax_and_moment(
+    kernel: Kernel,
+    scores: &mut [f32],
+    hidden: usize,
+    scaling: f32,
+    cap: Option<f32>,
+    shifted: &mut Vec<f32>,
+) -> (f32, f32, f32) {
+    let (greatest, total) =
+        kernel.run(Scores { scores, hidden, scaling, cap, shifted: Some(shifted) });
+    let moment = kernel.run(Moment { weights: scores, shifted });
+    (greatest, total, moment)
 }
 
 struct Scores<'a> {
@@ -24,6 +40,33 @@ struct Scores<'a> {
     hidden: usize,
     scaling: f32,
     cap: Option<f32>,
+    shifted: Option<&'a mut Vec<f32>>,
+}
+
+struct Moment<'a> {
+    weights: &'a [f32],
+    shifted: &'a [f32],
+}
+
+impl Work for Moment<'_> {
+    type Output = f32;
+
+    #[inline(always)]
+    unsafe fn run<I: Instructions>(self) -> f32 {
+        let mut lanes = [0.0_f32; 8];
+        let weights = self.weights.chunks_exact(8);
+        let shifted = self.shifted.chunks_exact(8);
+        let rest = weights.remainder().iter().zip(shifted.remainder());
+        for (weights, shifted) in weights.zip(shifted) {
+            for lane in 0..8 {
+                lanes[lane] += weights[lane] * shifted[lane];
+            }
+        }
+        for (lane, (weight, shifted)) in lanes.iter_mut().zip(rest) {
+            *lane += weight * shifted;
+        }
+        lanes.iter().sum()
+    }
 }
 
 impl Work for Scores<'_> {
@@ -31,12 +74,18 @@ impl Work for Scores<'_> {
 
     #[inline(always)]
     unsafe fn run<I: Instructions>(self) -> (f32, f32) {
-        weights(self.scores, self.hidden, self.scaling, self.cap)
+        weights(self.scores, self.hidden, self.scaling, self.cap, self.shifted)
     }
 }
 
 #[inline(always)]
-fn weights(all: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f32, f32) {
+fn weights(
+    all: &mut [f32],
+    hidden: usize,
+    scaling: f32,
+    cap: Option<f32>,
+    shifted: Option<&mut Vec<f32>>,
+) -> (f32, f32) {
     let scores = &mut all[hidden..];
     for score in scores.iter_mut() {
         *score *= scaling;
@@ -47,6 +96,11 @@ fn weights(all: &mut [f32], hidden: usize, scaling: f32, cap: Option<f32>) -> (f
         }
     }
     let greatest = greatest(scores);
+    if let Some(shifted) = shifted {
+        shifted.clear();
+        shifted.resize(hidden, 0.0);
+        shifted.extend(scores.iter().map(|score| score - greatest));
+    }
     for score in scores.iter_mut() {
         *score = exp(*score - greatest);
     }

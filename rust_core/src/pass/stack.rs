@@ -32,6 +32,9 @@ pub struct Tokens<'a> {
     /// How many channels of its gated unit each token runs, the first ones, `[layers of the call,
     /// tokens]`; all of them where it is missing.
     pub kept: Option<&'a [usize]>,
+    /// Takes how evenly each token attends in the last layer of the call, `[tokens]`: the mean over
+    /// query heads of `H(weights) / ln(visible keys)`, a lone key counting as two.
+    pub spread: Option<&'a mut [f32]>,
 }
 
 impl Stack {
@@ -168,6 +171,9 @@ impl Stack {
         self.check_trees(at)?;
         if let Some(feedback) = tokens.feedback {
             check_length("feedback", feedback.len(), tokens.states.len(), "that of the states")?;
+        }
+        if let Some(spread) = &tokens.spread {
+            check_length("spread", spread.len(), count, "the tokens")?;
         }
         if let Some(kept) = tokens.kept {
             check_length("kept", kept.len(), layers.len() * count, "layers times tokens")?;

@@ -3,7 +3,9 @@
 //! Weights come as addresses of torch's own memory; `sedac_hf.core` keeps their tensors alive and
 //! notices when they change.
 
-use numpy::{PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray2};
+use numpy::{
+    PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArray3, PyReadwriteArray1, PyReadwriteArray2,
+};
 use pyo3::prelude::*;
 
 use super::arrays::{slice, table};
@@ -265,8 +267,9 @@ impl LayerStack {
 
     /// Runs tokens through some layers; `states` are replaced by what comes out. Without `stop` they
     /// are run just as far as K and V of the last layer; `states` are left as they are. With
-    /// `rows` the tokens are those of some rows of the cache, in ascending order.
-    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, rows=None, kept=None))]
+    /// `rows` the tokens are those of some rows of the cache, in ascending order. `spread` takes how
+    /// evenly each token attends in the last of the layers.
+    #[pyo3(signature = (cache, states, feedback, first, length, tree, rotations, start, stop, threads, rows=None, kept=None, spread=None))]
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,
@@ -283,6 +286,7 @@ impl LayerStack {
         threads: usize,
         rows: Option<PyReadonlyArray1<'_, i64>>,
         kept: Option<PyReadonlyArray2<'_, i64>>,
+        mut spread: Option<PyReadwriteArray1<'_, f32>>,
     ) -> PyResult<()> {
         let _spent = Spent::begin();
         let tree = tree.as_array();
@@ -306,7 +310,9 @@ impl LayerStack {
         let states = states.as_slice_mut().map_err(|_| gaps("states"))?;
         let cache = &mut cache.0;
         let kept = kept.as_deref();
-        let tokens = Tokens { states, feedback, at: &at, rotations: &turned, kept };
+        let spread = spread.as_mut().map(|spread| spread.as_slice_mut()).transpose();
+        let spread = spread.map_err(|_| gaps("spread"))?;
+        let tokens = Tokens { states, feedback, at: &at, rotations: &turned, kept, spread };
         let rows = rows.map(|rows| counts(&rows, "rows")).transpose()?;
         let run = |cache: &mut RowCache| match stop {
             Some(stop) => self.0.run(cache, tokens, start..stop, threads),

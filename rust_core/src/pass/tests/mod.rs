@@ -5,6 +5,7 @@ mod choice;
 mod kernels;
 pub(super) mod models;
 mod rank;
+mod spread;
 mod stacks;
 mod threads;
 

@@ -75,7 +75,7 @@ impl Model {
     }
 
     /// Hands nodes to the stack; what becomes of their states.
-    fn call(
+    pub(super) fn call(
         &self,
         cache: &mut RowCache,
         at: &Placement,
@@ -89,7 +89,10 @@ impl Model {
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.map(|a| (a.cos(), a.sin())).unzip();
         let rotations = [Rotation { cos: &cos, sin: &sin, width: 4 }];
         let (feedback, kept) = (None, None);
-        work(cache, Tokens { states: &mut states, feedback, at, rotations: &rotations, kept });
+        work(
+            cache,
+            Tokens { states: &mut states, feedback, at, rotations: &rotations, kept, spread: None },
+        );
         states.chunks_exact(WIDTH).map(<[f32]>::to_vec).collect()
     }
 }
@@ -336,14 +339,16 @@ fn arguments_that_do_not_fit_are_refused() {
         let (cos, sin) = (vec![0.0; 4 * at.nodes], vec![0.0; 4 * at.nodes]);
         let rotations = [Rotation { cos: &cos, sin: &sin, width: 4 }];
         let (feedback, kept) = (None, None);
-        let call = Tokens { states: &mut states, feedback, at, rotations: &rotations, kept };
+        let call =
+            Tokens { states: &mut states, feedback, at, rotations: &rotations, kept, spread: None };
         model.stack.run(&mut cache, call, 0..2, 1).map_err(|error| error.to_string())
     };
     let cut = |kept: &[usize]| {
         let mut states = vec![0.0; WIDTH];
         let rotations = [Rotation { cos: &[0.0; 4], sin: &[0.0; 4], width: 4 }];
         let (feedback, kept, at) = (None, Some(kept), &chain(0, 0, 1));
-        let call = Tokens { states: &mut states, feedback, at, rotations: &rotations, kept };
+        let call =
+            Tokens { states: &mut states, feedback, at, rotations: &rotations, kept, spread: None };
         let run = model.stack.run(&mut model.stack.cache(1), call, 0..2, 1);
         run.map_err(|error| error.to_string()).unwrap_err()
     };

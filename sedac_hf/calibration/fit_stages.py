@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
+from sedac_hf.calibration.attention_price import attention_prices
 from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.calibration.certificate import Certificate
 from sedac_hf.calibration.certify import certify
@@ -229,7 +230,9 @@ class FitRun:
         self.report.costs = costs.to_dict()
         gates = choose_gates(
             heads, fitted, self.shell, states, splits.probe, splits.search, self.tokenizer, costs,
-            epsilon=self.settings.epsilon, seed=self.settings.seed,
+            epsilon=self.settings.epsilon,
+            attention=attention_prices(model, splits.of(splits.search), costs),
+            seed=self.settings.seed,
         )  # fmt: skip
         model.set_gates(gates.parts)
         model.risk_histograms = RiskHistograms.from_traces(gates.traces)

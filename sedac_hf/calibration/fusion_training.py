@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,10 @@ class Evidence:
     divergence: FloatArray
     agree: BoolArray
     features: Tensor
+
+    def without(self, modality: str) -> Evidence:
+        """The same where one modality is not known."""
+        return replace(self, risks={n: r for n, r in self.risks.items() if n != modality})
 
     def finite(self, names: Sequence[str]) -> BoolArray:
         """Tokens of which everything is known that some modalities say."""

@@ -68,6 +68,7 @@ def choose_gates(
     costs: CostModel,
     *,
     epsilon: float,
+    attention: Sequence[float] | None = None,
     seed: int = 0,
 ) -> ChosenGates:
     """Learn on the probes' documents, judge and search on the others.
@@ -82,6 +83,8 @@ def choose_gates(
         tokenizer: Says what kind of text each token is.
         costs: What probes, tries and exits cost.
         epsilon: Perplexity increase aimed at, as a fraction.
+        attention: What it costs to see how evenly the layer of each checkpoint attends, as a
+            fraction of a full pass; None leaves that evidence out.
         seed: Seed of every draw.
 
     Returns:
@@ -90,8 +93,9 @@ def choose_gates(
     seen = TracedSplit(train, fitted.seen, collect_facts(heads, shell, states, train))
     fresh = TracedSplit(judge, fitted.traces, collect_facts(heads, shell, states, judge))
     fusion = fit_fusion(
-        heads, fitted.probes, states, seen, fresh, costs, epsilon=epsilon, seed=seed
-    )
+        heads, fitted.probes, states, seen, fresh, costs,
+        epsilon=epsilon, attention=attention, seed=seed,
+    )  # fmt: skip
     traces, prices = {"none": fresh.traces}, {"none": costs}
     for kind in ("static", "gated") if fusion.fusion is not None else ():
         assert fusion.fusion is not None

@@ -83,6 +83,7 @@ def fit_fusion(
     costs: CostModel,
     *,
     epsilon: float,
+    attention: Sequence[float] | None = None,
     seed: int = 0,
 ) -> FittedFusion:
     """Learn both gates of every checkpoint.
@@ -95,6 +96,8 @@ def fit_fusion(
         fresh: Documents to judge on.
         costs: What probes, tries and exits cost.
         epsilon: Perplexity increase aimed at, as a fraction.
+        attention: What it costs to see how evenly the layer of each checkpoint attends, as a
+            fraction of a full pass; None leaves that evidence out.
         seed: Seed of the networks.
 
     Returns:
@@ -111,6 +114,10 @@ def fit_fusion(
         probe.requires_grad_(False)
         price = _prices(probe, costs.checkpoints[k].probe, costs.source)
         evidence = [_evidence(k, head, probe, states, split) for split in (seen, fresh)]
+        if attention is None or not all(e.finite(["attention"]).any() for e in evidence):
+            evidence = [e.without("attention") for e in evidence]
+        else:
+            price = replace(price, attention=attention[k])
         saved = max(costs.checkpoints[k].saved - costs.checkpoints[k].attempt, 0.0)
         fitted = _fit_checkpoint(head.layer_idx, evidence, budget, saved, price, seed)
         found.append(CheckpointFusion(fitted["risk"].weights, fitted["sureness"].weights))
@@ -137,10 +144,7 @@ def _fit_checkpoint(
     seed: int,
 ) -> dict[str, FittedGate]:
     """Both gates of one checkpoint, by name; the first does not know the exit's probability."""
-    before = [
-        replace(e, risks={n: risk for n, risk in e.risks.items() if n != "perplexity"})
-        for e in evidence
-    ]
+    before = [e.without("perplexity") for e in evidence]
     settings = {"budget": budget, "saved": saved, "costs": price.by_modality(), "seed": seed}
     return {
         gate: fit_gate(layer_idx, gate, base, *given, **settings)  # type: ignore[arg-type]
@@ -182,6 +186,7 @@ def fused_traces(
             shown.risks = {
                 "entropy": torch.from_numpy(split.traces.risk[part, k]),
                 "consistency": torch.from_numpy(split.facts.consistency[part, k]),
+                "attention": torch.from_numpy(split.facts.attention[part, k]),
             }
             risk[part, k] = gates.risk(k, shown)
             own = np.ascontiguousarray(split.traces.probability[part, k])
@@ -203,6 +208,7 @@ def _evidence(
         {
             "entropy": traces.risk[use, k],
             "consistency": split.facts.consistency[use, k],
+            "attention": split.facts.attention[use, k],
             "perplexity": surprise,
         },
         traces.divergence[use, k],
@@ -219,11 +225,13 @@ class _Prices:
         turn: Working out how far a state has turned.
         fusing: Putting the risks of one gate together.
         network: Weights that differ by token, for one gate.
+        attention: Seeing how evenly the checkpoint's layer attends.
     """
 
     turn: float
     fusing: float
     network: float
+    attention: float = 0.0
 
     def by_modality(self) -> dict[str, float]:
         """What taking a modality into a gate costs at most; the usual ones are there anyway."""
@@ -231,14 +239,17 @@ class _Prices:
             "entropy": self.fusing,
             "perplexity": self.fusing,
             "consistency": self.turn + self.fusing,
+            "attention": self.attention + self.fusing,
             "network": self.network,
         }
 
     def of(self, fusion: CheckpointFusion, kind: str) -> float:
         """What fusing costs at one checkpoint."""
-        gates = [gate for gate in (fusion.risk, fusion.sureness) if len(gate.kept) > 1]
+        both = (fusion.risk, fusion.sureness)
+        gates = [gate for gate in both if len(gate.kept) > 1]
         cost = self.fusing * len(gates)
-        cost += self.turn * any("consistency" in gate.kept for gate in gates)
+        cost += self.turn * any("consistency" in gate.kept for gate in both)
+        cost += self.attention * any("attention" in gate.kept for gate in both)
         return cost + self.network * len(gates) * (kind == "gated")
 
 

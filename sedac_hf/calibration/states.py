@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,13 @@ from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.feature_cache import FeatureCache
+from sedac_hf.core.attention_spread import Spread, spread_reason
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell, LayerCall
+
+logger = logging.getLogger(__name__)
 
 TOP = 24  # teacher words kept per token
 _LOGIT_FLOATS = 32_000_000  # most logits held at once: 128 MB in float32
@@ -39,6 +43,8 @@ class DocumentBatch:
         top_ids: Most probable next tokens at full depth, ``[rows, seq, TOP]``.
         top_probabilities: Their probabilities, ``[rows, seq, TOP]``.
         entropy: Entropy at full depth, nats, ``[rows, seq]``.
+        spread: How evenly the checkpoint's layer attends, ``[rows, seq]``; NaN where that is not
+            known, as it is not of the embedding.
         prompt_lengths: ``[rows]``.
     """
 
@@ -49,6 +55,7 @@ class DocumentBatch:
     top_ids: Tensor
     top_probabilities: Tensor
     entropy: Tensor
+    spread: Tensor
     prompt_lengths: Tensor
 
 
@@ -90,6 +97,7 @@ class BaseStates:
             "documents": [d.hash for d in self.documents],
             "checkpoints": list(self.checkpoints),
             "width": width,
+            "spread": True,  # what was recorded before it was kept is recorded anew
         }
         fresh = self._read_key() != key
         mode = "w+" if fresh else "r+"
@@ -99,6 +107,9 @@ class BaseStates:
 
         self._states = {
             layer: array(f"state_{layer}", np.int16, width) for layer in self.checkpoints
+        }
+        self._spreads = {
+            layer: array(f"spread_{layer}", np.float32) for layer in self.checkpoints if layer >= 0
         }
         self._final = array("final", np.int16, width)
         self._top_ids = array("top_ids", np.int32, TOP)
@@ -129,6 +140,7 @@ class BaseStates:
         marker = self.directory / f"done-{part[0]}-{part[1]}"
         done = int(marker.read_text()) if marker.exists() else 0
         sizes = [len(self.documents[i]) for i in mine]
+        observed = self._observable(shell) if done < len(mine) else frozenset()
         bar = tqdm(
             total=sum(sizes),
             initial=sum(sizes[:done]),
@@ -139,7 +151,7 @@ class BaseStates:
         while done < len(mine):
             count = max(1, batch_tokens // sizes[done])
             with torch.inference_mode():
-                self._record_rows(shell, mine[done : done + count])
+                self._record_rows(shell, mine[done : done + count], observed)
             bar.update(sum(sizes[done : done + count]))
             done = min(done + count, len(mine))
             self._flush()
@@ -165,7 +177,7 @@ class BaseStates:
             self._features.get((i, layer, device), partial(self._read, i, layer, device))
             for i in rows
         ]
-        ids, states, final, top_ids, top_probabilities, entropy = (
+        ids, states, final, top_ids, top_probabilities, entropy, spread = (
             pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True)
         )
         lengths = torch.tensor([len(self.documents[i]) for i in rows], device=device)
@@ -178,6 +190,7 @@ class BaseStates:
             top_ids=top_ids.long(),
             top_probabilities=top_probabilities.float(),
             entropy=entropy,
+            spread=spread,
             prompt_lengths=torch.tensor(
                 [self.documents[i].prompt_length for i in rows], device=device
             ),
@@ -186,6 +199,8 @@ class BaseStates:
     def _read(self, i: int, layer: int, device: torch.device) -> tuple[Tensor, ...]:
         """One document as it is on disk: narrow types, so that many fit into the cache."""
         span = slice(self.offsets[i], self.offsets[i + 1])
+        unknown = np.full(len(self.documents[i]), np.nan, np.float32)
+        spread = self._spreads[layer][span] if layer in self._spreads else unknown
         parts = (
             torch.from_numpy(np.asarray(self.documents[i].ids, np.int32)),
             _from_bits(self._states[layer][span]),
@@ -194,6 +209,7 @@ class BaseStates:
                 torch.from_numpy(np.array(array[span]))
                 for array in (self._top_ids, self._top_probabilities, self._entropy)
             ),
+            torch.from_numpy(np.array(spread)),
         )
         return tuple(part.to(device) for part in parts)
 
@@ -206,7 +222,16 @@ class BaseStates:
             mass += np.bincount(self._top_ids[span].ravel(), weights, vocabulary)
         return mass
 
-    def _record_rows(self, shell: BaseShell, rows: Sequence[int]) -> None:
+    def _observable(self, shell: BaseShell) -> frozenset[int]:
+        """Checkpoints of whose layers it can be told how evenly they attend."""
+        reasons = {layer: spread_reason(shell, layer) for layer in self._spreads}
+        for reason in dict.fromkeys(filter(None, reasons.values())):
+            logger.info("gates are fitted without the attention: %s", reason)
+        return frozenset(layer for layer, reason in reasons.items() if reason is None)
+
+    def _record_rows(
+        self, shell: BaseShell, rows: Sequence[int], observed: Collection[int]
+    ) -> None:
         lengths = [len(self.documents[i]) for i in rows]
         ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -218,14 +243,18 @@ class BaseStates:
             input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
         )
         kept = {-1: hidden} if -1 in self.checkpoints else {}
+        spreads = {layer: Spread() for layer in observed}
         for layer in range(shell.num_layers):
-            hidden = shell.layer(layer, hidden, calls[layer])
+            hidden = shell.layer(layer, hidden, calls[layer], spread=spreads.get(layer))
             if layer in self.checkpoints:
                 kept[layer] = hidden
         real = mask.bool().to(device)
         places = np.concatenate([np.arange(self.offsets[i], self.offsets[i + 1]) for i in rows])
         for layer, states in kept.items():
             self._states[layer][places] = _to_bits(states[real])
+        for layer, array in self._spreads.items():
+            found = spreads[layer].risk if layer in spreads else None
+            array[places] = np.nan if found is None else found[real.to(found.device)].cpu().numpy()
         self._final[places] = _to_bits(hidden[real])
         self._record_teacher(shell, hidden[real], places)
 
@@ -249,7 +278,7 @@ class BaseStates:
     def _flush(self) -> None:
         """Hand the pages to the file before it is noted that they are there."""
         arrays = (self._final, self._top_ids, self._top_probabilities, self._entropy)
-        for array in (*self._states.values(), *arrays):
+        for array in (*self._states.values(), *self._spreads.values(), *arrays):
             array.flush()
 
     def _order(self) -> list[int]:

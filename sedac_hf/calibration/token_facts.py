@@ -1,4 +1,4 @@
-"""What is known of each traced token beside its exits: the token read, its entropy, its turn."""
+"""What is known of each traced token beside its exits: what is read there, and how it went."""
 
 from __future__ import annotations
 
@@ -34,11 +34,14 @@ class TokenFacts:
         entropy: Entropy of the full depth there, nats, ``[T]``.
         consistency: How far the state has turned since the checkpoint before, ``[T, K]``; since the
             embedding at the first one.
+        attention: How evenly the checkpoint's layer attends, ``[T, K]``; NaN at the embedding, and
+            where the base's attention does not say.
     """
 
     tokens: npt.NDArray[np.int64]
     entropy: FloatArray
     consistency: FloatArray
+    attention: FloatArray
 
     def of_tokens(self, rows: npt.NDArray[np.bool_]) -> TokenFacts:
         """Those of some tokens.
@@ -46,7 +49,7 @@ class TokenFacts:
         Args:
             rows: Which, ``[T]``.
         """
-        return TokenFacts(self.tokens[rows], self.entropy[rows], self.consistency[rows])
+        return TokenFacts(**{name: array[rows] for name, array in vars(self).items()})
 
 
 @torch.inference_mode()
@@ -65,10 +68,10 @@ def collect_facts(
         The facts.
     """
     turn = TokenConsistencyEstimator()
-    tokens, entropy, consistency = [], [], []
+    tokens, entropy, consistency, attention = [], [], [], []
     for chosen in batches_of(states, list(rows), 4096):
         before: Tensor | None = None
-        columns = []
+        columns, spreads = [], []
         for head in heads:
             batch = states.batch(chosen, head.layer_idx)
             counted = predicting(batch)
@@ -76,11 +79,13 @@ def collect_facts(
             if before is None:
                 before = now if head.layer_idx < 0 else _embedded(shell, batch)[counted]
             columns.append(turn.risk(Observation(now, before)).float().numpy())
+            spreads.append(batch.spread[counted].numpy())
             before = now
         consistency.append(np.stack(columns, axis=1))
+        attention.append(np.stack(spreads, axis=1))
         tokens.append(batch.ids[counted].numpy())
         entropy.append(batch.entropy[counted].numpy())
-    return TokenFacts(np.concatenate(tokens), np.concatenate(entropy), np.concatenate(consistency))
+    return TokenFacts(*map(np.concatenate, (tokens, entropy, consistency, attention)))
 
 
 def _embedded(shell: BaseShell, batch: DocumentBatch) -> Tensor:

@@ -171,9 +171,9 @@ def _evenness(weights: Tensor, seen: Tensor | None) -> Tensor:
     """From weights `[rows, heads, n, keys]` to the mean share of the greatest entropy."""
     entropy = torch.special.entr(weights).sum(-1)
     if seen is None:
-        return entropy.mean(1) / math.log(max(weights.shape[-1], 2))
+        return cast(Tensor, entropy.mean(1) / math.log(max(weights.shape[-1], 2)))
     keys = seen.sum(-1).clamp_min(2).float().log()
-    return (entropy / keys).mean(1)
+    return cast(Tensor, (entropy / keys).mean(1))
 
 
 def _rows_of(table: Tensor, start: int, count: int) -> Tensor:

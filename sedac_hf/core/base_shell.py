@@ -9,7 +9,8 @@ architecture.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from sedac_hf.core.support import (
     module_path,
 )
 from sedac_hf.errors import SedacError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from sedac_hf.core.attention_spread import Spread
 
 __all__ = ["KEEP", "BaseShell", "LayerCall", "Loop"]
 
@@ -154,7 +158,14 @@ class BaseShell:
         """
         return {self._cache_name: cache, "use_cache": True}
 
-    def layer(self, i: int, hidden: Tensor, call: LayerCall, cache: Any = KEEP) -> Tensor:
+    def layer(
+        self,
+        i: int,
+        hidden: Tensor,
+        call: LayerCall,
+        cache: Any = KEEP,
+        spread: Spread | None = None,
+    ) -> Tensor:
         """Run decoder layer `i`.
 
         Args:
@@ -162,13 +173,16 @@ class BaseShell:
             hidden: State `[rows, seq, width]`.
             call: Arguments as recorded for that layer.
             cache: Cache to use instead of the recorded one; None for none.
+            spread: Takes how evenly it attends; None where nobody asks.
 
         Returns:
             State after the layer, same shape.
         """
         if cache is not KEEP:
             call = self.with_cache(call, cache)
-        output = self.layer_list[i](hidden, *call.args, **call.kwargs)
+        layer: Any = self.layer_list[i]
+        run = layer if spread is None else partial(spread.run, layer)
+        output = run(hidden, *call.args, **call.kwargs)
         return cast(Tensor, output[0] if isinstance(output, tuple) else output)
 
     def cache_of(self, call: LayerCall) -> Any:

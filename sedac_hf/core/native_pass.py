@@ -20,8 +20,8 @@ from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
-    from sedac_hf.core.attention_spread import Spread
     from sedac_hf import _core
+    from sedac_hf.core.attention_spread import Spread
     from sedac_hf.core.narrow_tail import KeptChannels, NarrowTail
     from sedac_hf.core.native_model import NativeParts
 

@@ -240,9 +240,7 @@ class SimulateLoop:
             return hidden
         return torch.where(left.to(hidden.device), exits.to(hidden.device), hidden)
 
-    def _ask(
-        self, k: int, hidden: Tensor, state: Any, active: Mask, spread: Tensor | None
-    ) -> Mask:
+    def _ask(self, k: int, hidden: Tensor, state: Any, active: Mask, spread: Tensor | None) -> Mask:
         """Positions that try at checkpoint `k`, `[rows, seq]`."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         decision = checkpoint_decision(

@@ -74,6 +74,7 @@ def test_parts_of_the_gates_are_judged_and_those_that_pay_are_used(
     asked = {(r.layer_idx, r.gate, r.modality) for r in report.modalities}
     for layer in (1, 3):
         assert {(layer, "risk", "consistency"), (layer, "sureness", "entropy")} <= asked
+        assert {(layer, "risk", "attention"), (layer, "sureness", "attention")} <= asked
     for each in report.modalities:
         assert each.kept == (each.worth > each.cost)
     rows = {row["name"]: row for row in report.ablation}
@@ -91,6 +92,7 @@ def test_parts_of_the_gates_are_judged_and_those_that_pay_are_used(
     card = (output / "README.md").read_text()
     assert "Variants of the gates" in card
     assert "| entropy alone |" in card
+    assert "| 1 | risk | attention |" in card
 
 
 def test_what_is_deployed_is_what_the_certificate_says(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from transformers import PreTrainedModel
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.core.base_shell import BaseShell
+from tests.core.test_attention_spread import by_weights
+from tests.tiny_models import build_tiny
 
 
 def some_documents(vocabulary: int) -> list[Document]:
@@ -84,11 +88,11 @@ def test_recording_goes_on_where_it_stopped(
     recorded: list[int] = []
     record_rows = BaseStates._record_rows
 
-    def stop_after_two(self: BaseStates, shell: BaseShell, rows: list[int]) -> None:
+    def stop_after_two(self: BaseStates, shell: BaseShell, rows: list[int], *more: Any) -> None:
         if len(recorded) == 2:
             raise KeyboardInterrupt
         recorded.extend(rows)
-        record_rows(self, shell, rows)
+        record_rows(self, shell, rows, *more)
 
     monkeypatch.setattr(BaseStates, "_record_rows", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
@@ -96,12 +100,45 @@ def test_recording_goes_on_where_it_stopped(
     monkeypatch.setattr(
         BaseStates,
         "_record_rows",
-        lambda self, shell, rows: (recorded.extend(rows), record_rows(self, shell, rows)),
+        lambda self, shell, rows, *more: (
+            recorded.extend(rows),
+            record_rows(self, shell, rows, *more),
+        ),
     )
     again = open_states(llama, tmp_path)
     again.record(shell, batch_tokens=13, progress=False)
     assert sorted(recorded) == [0, 1, 2, 3, 4]
     assert again.batch([1], 0).final.any()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "falcon"])
+def test_the_spread_of_attention_is_kept_where_it_is_known(name: str, tmp_path: Path) -> None:
+    base = build_tiny(name)
+    states = open_states(base, tmp_path)
+    states.record(BaseShell(base), batch_tokens=27, progress=False)
+    for i, document in enumerate(states.documents):
+        assert states.batch([i], -1).spread.isnan().all()
+        found = states.batch([i], 0).spread
+        if name == "falcon":
+            assert found.isnan().all()
+            continue
+        with torch.no_grad():
+            expected = by_weights(base, torch.from_numpy(document.ids)[None], None)[0]
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-6)
+
+
+def test_states_without_the_spread_are_recorded_anew(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    states = open_states(llama, tmp_path)
+    states.record(BaseShell(llama), progress=False)
+    key = json.loads((tmp_path / "key.json").read_text())
+    del key["spread"]
+    (tmp_path / "key.json").write_text(json.dumps(key))
+    again = open_states(llama, tmp_path)
+    assert not list(tmp_path.glob("done-*"))
+    again.record(BaseShell(llama), progress=False)
+    assert (again.batch([2], 0).spread[0, 1:] > 0).all()
 
 
 def test_other_documents_start_anew(llama: PreTrainedModel, tmp_path: Path) -> None:

@@ -50,7 +50,10 @@ def material(documents=240, length=20, *, by_class=False, better=0.0, seed=0):
         agree=~hard[:, None],
     )
     facts = TokenFacts(
-        tokens, rng.gamma(1.0, 1.0, count).astype(np.float32), np.zeros((count, 1), np.float32)
+        tokens,
+        rng.gamma(1.0, 1.0, count).astype(np.float32),
+        np.zeros((count, 1), np.float32),
+        np.full((count, 1), np.nan, np.float32),
     )
     costs = CostModel((CheckpointCost(3, 0.002, 0.002, 0.05, 0.03, 0.6),), head=0.1, depth=10)
     kinds = {"none": traces}

@@ -48,18 +48,22 @@ def network(features: int, estimators: int, seed: int) -> GatedFusion:
     return found.requires_grad_(False).eval()
 
 
-def parts_for(checkpoints: int, rank: int, vocabulary: int) -> GateParts:
-    """Fusion of two kinds of evidence before the head and three behind it; classes by id."""
-    thresholds = np.array([0.7, 0.4, 1.0, 2.0], np.float32)
+def parts_for(
+    checkpoints: int, rank: int, vocabulary: int, *, attentive: bool = False
+) -> GateParts:
+    """Fusion of two kinds of evidence before the head and three behind it; classes by id.
+
+    With `attentive` both also go by how evenly the checkpoint's layer attends.
+    """
+    thresholds = np.array([0.7, 0.4, 0.1 if attentive else 1.0, 2.0], np.float32)
+    more = 1.0 if attentive else 0.0
+
+    def gate(weights: list[float], seed: int) -> GateWeights:
+        values = np.array(weights, np.float32)
+        return GateWeights(thresholds, values, network(rank, int((values > 0).sum()), seed=seed))
+
     fusion = tuple(
-        CheckpointFusion(
-            GateWeights(
-                thresholds, np.array([0.6, 0.4, 0, 0], np.float32), network(rank, 2, seed=k)
-            ),
-            GateWeights(
-                thresholds, np.array([0.2, 0.3, 0, 0.5], np.float32), network(rank, 3, seed=9 + k)
-            ),
-        )
+        CheckpointFusion(gate([0.6, 0.4, more, 0], k), gate([0.2, 0.3, more, 0.5], 9 + k))
         for k in range(checkpoints)
     )
     table = (np.arange(vocabulary) % len(TOKEN_CLASSES)).astype(np.uint8)
@@ -74,6 +78,7 @@ def gated_model(
     *,
     sure: float = 0.0,
     share: float = 0.5,
+    attentive: bool = False,
     **values: Any,
 ) -> SedacForCausalLM:
     """A model whose checkpoints let some positions leave by rules with these options.
@@ -85,11 +90,12 @@ def gated_model(
         kinds: Layer -> kind of head.
         sure: Share of the tries that are not sure enough.
         share: Share of the positions that try at each checkpoint, about.
+        attentive: Whether the gates go by the attention too.
         **values: Further fields of the configuration.
     """
     kinds = kinds or {0: "lens", 2: "lens"}
     model = wrap(base, kinds, [rule(layer, 0.0) for layer in kinds], probe_rank=8, **values)
-    model.set_gates(parts_for(len(kinds), 8, base.config.vocab_size))
+    model.set_gates(parts_for(len(kinds), 8, base.config.vocab_size, attentive=attentive))
     fusion = options.get("fusion", "none")
     closed = CascadeConfig([rule(layer, 0.0) for layer in kinds], fusion=fusion)
     model.set_cascade(closed)

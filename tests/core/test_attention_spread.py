@@ -66,9 +66,7 @@ def test_it_is_the_definition_on_eager_weights(name: str) -> None:
     mask[1, :5] = 0
     for given in (None, mask):
         expected = by_weights(base, ids, given)
-        found, outputs = observed(
-            shell, input_ids=ids, attention_mask=given, use_cache=False
-        )
+        found, outputs = observed(shell, input_ids=ids, attention_mask=given, use_cache=False)
         real = slice(None) if given is None else given.bool()
         torch.testing.assert_close(found[:, real], expected[:, real], rtol=2e-5, atol=1e-6)
         assert expected.std() > 0.01
@@ -98,7 +96,9 @@ def test_a_step_behind_a_cache_is_the_last_of_the_whole(name: str, cache: str) -
         shell, input_ids=ids[:, :before], attention_mask=mask[:, :before], **shell.cached(kept)
     )
     real = mask[:, :before].bool()
-    torch.testing.assert_close(first[:, real], expected[:, :, :before][:, real], rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(
+        first[:, real], expected[:, :, :before][:, real], rtol=2e-5, atol=1e-6
+    )
     for at in range(before, LENGTH):
         found, _ = observed(
             shell, input_ids=ids[:, at : at + 1], attention_mask=mask[:, : at + 1],

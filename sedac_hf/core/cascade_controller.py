@@ -8,7 +8,7 @@ risk been 0. A risk that is NaN or infinite never exits.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from sedac_hf.core.confidence_fusion import adaptive_confidence_decay
 from sedac_hf.core.estimators import Observation
 from sedac_hf.core.fused_gates import FusedGates, Seen
 from sedac_hf.core.gate_parts import GateParts
+from sedac_hf.core.states_in_place import in_place, native_risk
 from sedac_hf.core.token_routing import TOKEN_CLASSES
 from sedac_hf.errors import ConfigError
 
@@ -41,8 +42,6 @@ __all__ = [
 FloatArray = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
 _Call = Callable[[_core.Cascade, Mask | None, tuple[FloatArray, ...]], tuple[Any, ...]]
-
-_DTYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class CheckpointDecision(NamedTuple):
@@ -121,7 +120,7 @@ class CascadeController:
         if packed and parts.fusion is not None and config.fusion != "none":
             if modules is None:
                 raise ConfigError("rules that fuse evidence need the probes as modules too.")
-            native = [_native(probe) for probe in packed]
+            native = [native_risk(probe) for probe in packed]
             self._fused = FusedGates(parts.fusion, config.fusion, modules, native)
 
     def _core_of(self, thresholds: npt.NDArray[Any], probes: list[_core.Probe]) -> _core.Cascade:
@@ -184,7 +183,7 @@ class CascadeController:
             if mask is not None:
                 risk = np.where(mask, risk, np.float32(np.nan))
             return self.step_risk(k, risk, state, mask)
-        array, dtype = _in_place(hidden)
+        array, dtype = in_place(hidden)
         unknown = np.full(len(array), np.nan, np.float32)
         return self._decided(
             k, state, mask, unknown,
@@ -213,7 +212,7 @@ class CascadeController:
         """
         if self._fused is not None:
             return self._fused.risk(k, Seen(Observation(hidden, before, spread=spread)))
-        array, dtype = _in_place(hidden)
+        array, dtype = in_place(hidden)
         found: FloatArray = self._cascade.step(k, array, dtype, np.zeros(len(array), np.float32))[0]
         return found
 
@@ -323,15 +322,6 @@ class CascadeController:
         return self._fused.sureness(k, state.seen, probability)
 
 
-def _native(probe: _core.Probe) -> Callable[[Tensor], Tensor]:
-    """A packed probe as a function of states on the CPU."""
-
-    def risk(states: Tensor) -> Tensor:
-        return torch.from_numpy(probe.risk(*_in_place(states)))
-
-    return risk
-
-
 def _nothing(risk: FloatArray) -> CheckpointDecision:
     """A decision in which nobody was asked."""
     rows = len(risk)
@@ -348,24 +338,6 @@ def _merged(whole: CheckpointDecision, some: CheckpointDecision, here: Mask) -> 
         np.where(here, some.try_exit, whole.try_exit),
         whole.tries + some.tries,
     )
-
-
-def _in_place(hidden: Tensor) -> tuple[npt.NDArray[Any], str]:
-    """A tensor's memory as an array that the core reads, and what it holds."""
-    if not hidden.is_cpu:
-        raise ConfigError(
-            f"states must be on the CPU, found {hidden.device}: compute the risks there and use "
-            "step_risk."
-        )
-    if hidden.requires_grad:
-        hidden = hidden.detach()
-    dtype = _DTYPES.get(hidden.dtype)
-    if dtype is None:
-        return hidden.float().numpy(), "f32"
-    if not hidden.is_contiguous() and hidden.dim() == 2 and hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    # NumPy has no bfloat16; its bits travel as integers.
-    return (hidden.view(torch.uint16) if dtype == "bf16" else hidden).numpy(), dtype
 
 
 def _mask(active: Mask | Tensor | None) -> Mask | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from sedac_hf.core.attention_spread import spread_reason
 from sedac_hf.core.cascade_controller import CascadeConfig, CascadeController
 from sedac_hf.core.choose_pass import PassChoices
 from sedac_hf.core.decoder_loop import ExitParts, LayerPass
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from sedac_hf.core.probe_inference import ProbeManager
 
 __all__ = ["Assembly", "build_heads", "check_cascade", "check_modules"]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Assembly:
@@ -62,6 +67,7 @@ class Assembly:
         self._fill = KVFill(shell, first)
         self._probe_watch: WeightWatch | None = None
         self._controllers: dict[CascadeConfig, CascadeController] = {}
+        self._reasons: dict[int, str | None] = {}
         self.parts = ExitParts(
             shell=shell,
             passes=LayerPass(shell, self._fill, narrow),
@@ -119,11 +125,26 @@ class Assembly:
             found = CascadeController(
                 cascade, packed, gates=self.parts.gates, modules=self.parts.probes
             )
+            self._warn_of_blind_gates(found)
             # Verification tries many policies; keeping the last few is enough.
             if len(self._controllers) >= 8:
                 self._controllers = {}
             self._controllers[cascade] = found
         return found
+
+    def _warn_of_blind_gates(self, controller: CascadeController) -> None:
+        """Say so, once, where gates ask for what the base's attention does not show."""
+        for k in controller.attentive:
+            layer = self.parts.heads[k].layer_idx
+            if layer not in self._reasons:
+                self._reasons[layer] = reason = spread_reason(self.parts.shell, layer)
+                if reason is not None:
+                    logger.warning(
+                        "The gates of the checkpoint after layer %d go by its attention, which "
+                        "cannot be seen, so nothing leaves there over the base's own modules. %s",
+                        layer,
+                        reason,
+                    )
 
 
 def build_heads(specs: Sequence[CheckpointSpec], shell: BaseShell) -> list[ExitHead]:

@@ -16,11 +16,14 @@ from sedac_hf.calibration import DualMetricCalibration, OnlineCalibration
 from sedac_hf.core.attention_spread import Spread
 from sedac_hf.core.cascade_config import CascadeConfig
 from sedac_hf.core.cascade_state import StepContext
+from sedac_hf.core.chain_pass import ChainPass
 from sedac_hf.core.fused_gates import CheckpointFusion, GateWeights
 from sedac_hf.core.gate_parts import GateParts
 from sedac_hf.core.module_pass import ModulePass
+from sedac_hf.core.simulate import simulate
 from sedac_hf.evaluation.settled_scoring import score_policies
 from sedac_hf.modeling import SedacForCausalLM
+from sedac_hf.testing.noise import NoisyPass
 from tests.artefacts import load_base, save_base
 from tests.core.gated import gated_model
 from tests.core.test_attention_spread import by_weights
@@ -119,6 +122,33 @@ def test_it_leaves_where_a_reference_of_its_own_says(chosen: str) -> None:
         assert not torch.equal(reference(model, output.sequences)[1], expected)
 
 
+@pytest.mark.parametrize("kv_mode", ["propagate", "settle"])
+def test_chains_over_masks_of_the_bases_own_see_it_too(kv_mode: str) -> None:
+    model = attentive(build_tiny("llama4"), kv_mode=kv_mode)
+    output = model.generate(texts(2, 9), **GREEDY)
+    found = model(output.sequences, use_cache=False, exits="simulate", exit_start=9)
+    assert len(set(left(output).flatten().tolist())) > 1
+    assert torch.equal(found.exit_layers[:, 9:-1], left(output))
+    if kv_mode == "settle":
+        choice = model.assembly.choices.best()
+        assert choice.build is ChainPass
+
+
+def test_noise_of_no_strength_changes_nothing() -> None:
+    model = attentive(build_tiny("llama"))
+    parts, ids = model.assembly.parts, texts(2, 9)
+    controller = model.assembly.controller(model.cascade)
+    quiet = NoisyPass(model.shell, model.assembly.fill, [0, 2], 0.0, seed=1)
+    with torch.no_grad():
+        found, expected = (
+            simulate(each, controller, {"input_ids": ids}, 3)
+            for each in (replace(parts, passes=quiet), parts)
+        )
+    assert torch.equal(found.exit_layers, expected.exit_layers)
+    assert torch.equal(found.risks.nan_to_num(-1), expected.risks.nan_to_num(-1))
+    assert (expected.exit_layers < 4).any()
+
+
 @PASSES
 @pytest.mark.parametrize("kv_mode", ["propagate", "settle"])
 def test_a_row_does_what_it_does_alone(chosen: str, kv_mode: str) -> None:
@@ -162,7 +192,9 @@ def test_what_is_not_known_never_leaves(spread: Tensor | None) -> None:
 
 
 @pytest.mark.parametrize("kind", ["embedding", "falcon"])
-def test_where_there_is_no_spread_nobody_leaves(kind: str) -> None:
+def test_where_there_is_no_spread_nobody_leaves(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     base = build_tiny("falcon" if kind == "falcon" else "llama")
     layer = -1 if kind == "embedding" else 1
     model = gated_model(
@@ -174,6 +206,7 @@ def test_where_there_is_no_spread_nobody_leaves(kind: str) -> None:
     model.set_gates(model.gates)
     output = model.generate(texts(2, 9), **GREEDY)
     assert (left(output) == 4).all()
+    assert caplog.text.count("nothing leaves there") == 1
     found = model(output.sequences, use_cache=False, exits="simulate")
     assert found.risks.isnan().all()
 

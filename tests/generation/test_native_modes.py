@@ -39,9 +39,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     run, cycle = NativePass.layers, CoreCycles.run
 
-    def counted(self: NativePass, hidden: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def counted(self: NativePass, hidden: torch.Tensor, *rest: Any, **values: Any) -> torch.Tensor:
         calls.append(int(hidden.shape[1]))
-        return run(self, hidden, *rest)
+        return run(self, hidden, *rest, **values)
 
     def counted_cycle(self: CoreCycles, *rest: Any, **values: Any) -> Any:
         outcome = cycle(self, *rest, **values)

@@ -19,6 +19,7 @@ from sedac_hf.errors import NotNativeError
 from sedac_hf.generation.draft_tree import NAMES
 
 if TYPE_CHECKING:
+    from sedac_hf.core.native_model import NativeParts
     from sedac_hf.core.row_pass import RowPass
     from sedac_hf.generation.acceptance import TokenChooser
     from sedac_hf.generation.head_draft import HeadDraft
@@ -31,6 +32,8 @@ IntArray = npt.NDArray[np.int64]
 
 # Positions that the nodes of a cycle may lie behind its root, at most.
 _AHEAD = 64
+# Cycles between two looks at the weights where no code of the caller runs in between.
+_LOOK = 16
 
 
 def core_cycles(
@@ -80,6 +83,9 @@ class CoreCycles:
         self._head = head
         self._core: _core.GreedyCycle | None = None
         self._position = 0
+        self._parts = run.look_again()
+        self._held = self._parts.storages()
+        self._unseen = 0
 
     def run(self, plan: _core.DraftPlan | None = None, *, asks: bool = False) -> _core.CycleOutcome:
         """Run a cycle; `say` hands on what came of it.
@@ -93,7 +99,7 @@ class CoreCycles:
         """
         if self._core is None:
             self._core = self._begin()
-        run, parts = self._run, self._run.look_again()
+        run, parts = self._run, self._look()
         tables = parts.rotary.up_to(self._position + int(self._texts.new.max()) + _AHEAD)
         head = None
         if self._head is not None:
@@ -119,6 +125,20 @@ class CoreCycles:
             for word, origin in zip(words, origins, strict=True):
                 self._texts.append(row, word, origin=NAMES[origin])
         self._state.length = length
+
+    def _look(self) -> NativeParts:
+        """What the core is told of the weights.
+
+        Between steps only a streamer runs code of the caller's. Without one, weights can change in
+        other threads alone, and then it has no meaning which step was the first to see it.
+        """
+        self._unseen += 1
+        if self._texts.streams or self._unseen >= _LOOK:
+            self._unseen = 0
+            found = self._run.look_again()
+            if found is not self._parts:
+                self._parts, self._held = found, found.storages()
+        return self._parts
 
     def _begin(self) -> _core.GreedyCycle:
         state, texts, head = self._state, self._texts, self._head

@@ -49,16 +49,25 @@ class Tally:
 class PassCosts:
     """Time of a pass by its number of nodes, linear between the numbers that were seen."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    def __init__(self, seconds: dict[int, float], *, weight: float = 4.0) -> None:
         """Begin with measurements.
 
         Args:
             seconds: Time of a pass for some numbers of nodes; at least one.
+            weight: How many passes each of them counts for, above 0.
         """
-        self._seen = {nodes: Tally(value, 4.0, 0.9) for nodes, value in seconds.items()}
+        self._seen = {nodes: Tally(value, weight, 0.9) for nodes, value in seconds.items()}
         self._sizes = sorted(self._seen)
 
-    def of(self, nodes: int) -> float:
+    def scaled(self, factor: float) -> PassCosts:
+        """Costs of a part of the pass.
+
+        Args:
+            factor: What share of each pass the part takes.
+        """
+        return PassCosts({n: factor * seconds for n, seconds in self.to_dict().items()})
+
+    def of(self, nodes: float) -> float:
         """Seconds that a pass over `nodes` takes."""
         sizes = self._sizes
         at = bisect_left(sizes, nodes)

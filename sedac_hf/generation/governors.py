@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
 
-__all__ = ["Governors", "measure_level", "measure_passes"]
+__all__ = ["Governors", "expected_costs", "measure_level", "measure_passes"]
 
 _SIZES = (1, 2, 4, 8, 16)
+_TOLD = 2  # nodes at which a tail is held against a whole pass
 _REPEATS = 2
 _DEAR = 2.0
 _WIDTH = 2  # nodes that a level behind the first expands, where drafts are trees
@@ -79,7 +80,9 @@ class Governors:
             width = _WIDTH if run.holds_trees else 1
             full = self._full.get(state.rows)
             if full is None:
-                full = PassCosts(measure_passes(run, state, 0, depth, clock))
+                full = expected_costs(self._full, state.rows)
+                if full is None:
+                    full = PassCosts(measure_passes(run, state, 0, depth, clock))
                 self._full[state.rows] = full
                 self._off[state.rows] = off_cycle(full)
             off = self._off[state.rows]
@@ -88,8 +91,10 @@ class Governors:
             else:
                 tail = full
                 if head.layer >= 0:
-                    costs = measure_passes(run, state, head.layer + 1, depth, clock)
-                    tail = PassCosts(costs)
+                    # One size tells what the early layers take of a pass; others are in proportion.
+                    spans = measure_passes(run, state, head.layer + 1, depth, clock, sizes=(_TOLD,))
+                    whole = measure_passes(run, state, 0, depth, clock, sizes=(_TOLD,))
+                    tail = full.scaled(spans[_TOLD] / max(whole[_TOLD], 1e-9))
                 level = measure_level(head, state.rows, clock)
                 found = Governor(
                     full, tail, level, width=width, rows=state.rows, hits=head.hits, off=off
@@ -107,8 +112,30 @@ class Governors:
         ]
 
 
+def expected_costs(known: Mapping[int, PassCosts], rows: int) -> PassCosts | None:
+    """What passes should take by those over fewer rows; None without any.
+
+    A pass over n nodes of each of r rows takes about as long as one over r n nodes of one row.
+
+    Args:
+        known: What passes take, by rows.
+        rows: Rows that are asked about.
+    """
+    fewer = [each for each in known if each < rows]
+    if not fewer:
+        return None
+    nearest = max(fewer)
+    costs, ratio = known[nearest], rows / nearest
+    return PassCosts({size: costs.of(size * ratio) for size in _SIZES}, weight=1.0)
+
+
 def measure_passes(
-    run: RowPass, state: RowState, start: int, depth: int, clock: Clock
+    run: RowPass,
+    state: RowState,
+    start: int,
+    depth: int,
+    clock: Clock,
+    sizes: Sequence[int] = _SIZES,
 ) -> dict[int, float]:
     """Seconds of a pass from a layer to the logits, by number of nodes.
 
@@ -118,9 +145,10 @@ def measure_passes(
         start: First layer.
         depth: Layers of the base.
         clock: Seconds.
+        sizes: Numbers of nodes, ascending; those behind one that takes long are left out.
     """
     taken: dict[int, float] = {}
-    for nodes in _SIZES:
+    for nodes in sizes:
         steps = np.tile(np.arange(nodes), (state.rows, 1))
         at = state.place(steps, chain_mask(np.full(state.rows, nodes), nodes))
         tokens = torch.zeros(steps.shape, dtype=torch.long)
@@ -131,7 +159,7 @@ def measure_passes(
             run.best(run.layers(hidden, at, start, depth))
             spans.append(clock() - begun)
         taken[nodes] = min(spans)
-        if taken[nodes] > _DEAR * taken[1]:
+        if taken[nodes] > _DEAR * taken[sizes[0]]:
             break  # larger trees will not pay, and their cost follows in a straight line
     return taken
 

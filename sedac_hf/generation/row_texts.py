@@ -110,6 +110,11 @@ class RowTexts:
         return not self._others
 
     @property
+    def streams(self) -> bool:
+        """Whether a streamer gets each token, and so runs between steps."""
+        return self._streamer is not None
+
+    @property
     def ends(self) -> frozenset[int]:
         """Tokens that end a row."""
         return self._ends

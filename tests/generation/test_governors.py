@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.generation import governors as module
+from sedac_hf.generation.costs import PassCosts
 from sedac_hf.generation.governor import Governor
-from sedac_hf.generation.governors import Governors
+from sedac_hf.generation.governors import Governors, expected_costs
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import prompt
 from tests.wrapping import wrap
@@ -85,13 +86,36 @@ def test_passes_that_will_not_pay_are_not_measured(
     taken: list[dict[int, float]] = []
     measure = module.measure_passes
 
-    def noted(*args: Any) -> dict[int, float]:
-        taken.append(measure(*args))
+    def noted(*args: Any, **values: Any) -> dict[int, float]:
+        taken.append(measure(*args, **values))
         return taken[-1]
 
     monkeypatch.setattr(module, "measure_passes", noted)
     governed(wrap(llama, {-1: "feedback"}), clock, monkeypatch)
     assert taken == [{1: 4.0, 2: 7.0, 4: 13.0}]
+
+
+def test_larger_batches_are_expected_to_take_what_as_many_nodes_did(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, measure, sizes = Clock(monkeypatch, 0.01), module.measure_passes, list[Any]()
+
+    def noted(*args: Any, **values: Any) -> dict[int, float]:
+        sizes.append((args[1].rows, args[2], values.get("sizes")))
+        return measure(*args, **values)
+
+    monkeypatch.setattr(module, "measure_passes", noted)
+    model = wrap(llama, {1: "block"})
+    for rows in (1, 4):
+        governed(model, clock, monkeypatch, rows=rows)
+    # All sizes once; of a head's tail one, beside the whole pass of that size.
+    assert sizes == [(1, 0, None), (1, 2, (2,)), (1, 0, (2,)), (4, 2, (2,)), (4, 0, (2,))]
+    one = PassCosts({1: 1.0, 4: 2.0, 16: 3.0})
+    expected = expected_costs({1: one, 8: PassCosts({1: 9.0})}, 4)
+    assert expected is not None
+    assert expected.of_all((1, 2, 4)) == one.of_all((4, 8, 16))
+    assert expected_costs({4: one}, 4) is None
+    assert one.scaled(0.5).of_all((1, 2, 4)) == [0.5, pytest.approx(1.3333 / 2, 1e-3), 1.0]
 
 
 def test_measuring_leaves_no_trace_in_the_text(

@@ -72,7 +72,7 @@ class PassCosts:
         sizes = self._sizes
         at = bisect_left(sizes, nodes)
         if at < len(sizes) and sizes[at] == nodes:
-            return self._seen[nodes].value
+            return self._seen[sizes[at]].value
         if len(sizes) == 1:
             return self._seen[sizes[0]].value
         at = min(max(at, 1), len(sizes) - 1)

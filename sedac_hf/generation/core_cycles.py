@@ -129,11 +129,11 @@ class CoreCycles:
     def _look(self) -> NativeParts:
         """What the core is told of the weights.
 
-        Between steps only a streamer runs code of the caller's. Without one, weights can change in
-        other threads alone, and then it has no meaning which step was the first to see it.
+        Where no code of the caller's runs between steps, weights can change in other threads alone,
+        and then it has no meaning which step is the first to see it.
         """
         self._unseen += 1
-        if self._texts.streams or self._unseen >= _LOOK:
+        if self._texts.calls_out or self._unseen >= _LOOK:
             self._unseen = 0
             found = self._run.look_again()
             if found is not self._parts:

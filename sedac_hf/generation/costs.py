@@ -59,14 +59,6 @@ class PassCosts:
         self._seen = {nodes: Tally(value, weight, 0.9) for nodes, value in seconds.items()}
         self._sizes = sorted(self._seen)
 
-    def scaled(self, factor: float) -> PassCosts:
-        """Costs of a part of the pass.
-
-        Args:
-            factor: What share of each pass the part takes.
-        """
-        return PassCosts({n: factor * seconds for n, seconds in self.to_dict().items()})
-
     def of(self, nodes: float) -> float:
         """Seconds that a pass over `nodes` takes."""
         sizes = self._sizes

@@ -66,7 +66,7 @@ def cycles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What every cycle of exact mode did, from now on."""
     seen: list[Any] = []
 
-    def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
+    def find(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
         return Fixed(head is not None, state.rows, seen)
 
     monkeypatch.setattr(Governors, "find", find)

@@ -6,10 +6,13 @@ Where nothing but best words, end tokens and a length decide a text, no step nee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from sedac_hf import _core
 from sedac_hf.core.native_model import threads
@@ -19,7 +22,6 @@ from sedac_hf.errors import NotNativeError
 from sedac_hf.generation.draft_tree import NAMES
 
 if TYPE_CHECKING:
-    from sedac_hf.core.native_model import NativeParts
     from sedac_hf.core.row_pass import RowPass
     from sedac_hf.generation.acceptance import TokenChooser
     from sedac_hf.generation.head_draft import HeadDraft
@@ -32,8 +34,6 @@ IntArray = npt.NDArray[np.int64]
 
 # Positions that the nodes of a cycle may lie behind its root, at most.
 _AHEAD = 64
-# Cycles between two looks at the weights where no code of the caller runs in between.
-_LOOK = 16
 
 
 def core_cycles(
@@ -42,10 +42,11 @@ def core_cycles(
     texts: RowTexts,
     chooser: TokenChooser,
     head: HeadDraft | None = None,
+    taps: Sequence[int] = (),
 ) -> CoreCycles | None:
     """Whole cycles of a call, or None where they must be run step by step.
 
-    Nobody may want K/V of rows behind their end, or the states of settled positions.
+    Nobody may want K/V of rows behind their end, or states of settled positions but those tapped.
 
     Args:
         run: Runs layers and heads.
@@ -53,15 +54,18 @@ def core_cycles(
         texts: The rows' texts.
         chooser: Draws tokens.
         head: The exit head that drafts, or None.
+        taps: Numbers of layers after which states are wanted, ascending; without drafts only.
     """
     if type(run) is not NativePass or not chooser.takes_best(texts) or not texts.ends_by_tokens:
         return None
     parts = run.look_again()
+    if not texts.calls_out:
+        run.look_rarely()
     if parts.embedding is None or parts.rotary.up_to(0) is None:
         return None
     if head is not None and parts.heads[head.k] is None:
         return None
-    return CoreCycles(run, state, texts, chooser, head)
+    return CoreCycles(run, state, texts, chooser, head, taps)
 
 
 class CoreCycles:
@@ -74,6 +78,7 @@ class CoreCycles:
         texts: RowTexts,
         chooser: TokenChooser,
         head: HeadDraft | None,
+        taps: Sequence[int],
     ) -> None:
         """Prepare; see `core_cycles`."""
         self._run = run
@@ -81,11 +86,9 @@ class CoreCycles:
         self._texts = texts
         self._chooser = chooser
         self._head = head
+        self._taps = list(taps)
         self._core: _core.GreedyCycle | None = None
         self._position = 0
-        self._parts = run.look_again()
-        self._held = self._parts.storages()
-        self._unseen = 0
 
     def run(self, plan: _core.DraftPlan | None = None, *, asks: bool = False) -> _core.CycleOutcome:
         """Run a cycle; `say` hands on what came of it.
@@ -99,7 +102,7 @@ class CoreCycles:
         """
         if self._core is None:
             self._core = self._begin()
-        run, parts = self._run, self._look()
+        run, parts = self._run, self._run.look_again()
         tables = parts.rotary.up_to(self._position + int(self._texts.new.max()) + _AHEAD)
         head = None
         if self._head is not None:
@@ -126,25 +129,32 @@ class CoreCycles:
                 self._texts.append(row, word, origin=NAMES[origin])
         self._state.length = length
 
-    def _look(self) -> NativeParts:
-        """What the core is told of the weights.
+    def begin_anew(self) -> None:
+        """Let the next cycle begin where the rows stand by then: others have taken steps."""
+        self._core = None
 
-        Where no code of the caller's runs between steps, weights can change in other threads alone,
-        and then it has no meaning which step is the first to see it.
+    def tapped(self, outcome: _core.CycleOutcome) -> list[Tensor]:
+        """States of all rows at each tap and at the end, `[rows, 1, width]`; zeros of ended rows.
+
+        Args:
+            outcome: The cycle.
         """
-        self._unseen += 1
-        if self._texts.calls_out or self._unseen >= _LOOK:
-            self._unseen = 0
-            found = self._run.look_again()
-            if found is not self._parts:
-                self._parts, self._held = found, found.storages()
-        return self._parts
+        rows, found = torch.tensor(outcome.rows), []
+        for states in outcome.tapped:
+            own = torch.from_numpy(states).view(len(rows), 1, -1)
+            if len(rows) < self._state.rows:
+                every = torch.zeros(self._state.rows, 1, own.shape[-1])
+                every[rows] = own
+                own = every
+            found.append(own)
+        return found
 
     def _begin(self) -> _core.GreedyCycle:
         state, texts, head = self._state, self._texts, self._head
         rows = range(state.rows)
         position = state.positions(state.length, np.zeros((state.rows, 1), np.int64))[:, 0]
-        self._position = int(position.max())
+        # Of the prompts' ends: rows go on from there by as many tokens as they are given.
+        self._position = int((position - texts.new).max())
         setting = None
         if head is not None:
             last = np.ascontiguousarray(head.last[:, -1].float().numpy(force=True))
@@ -159,4 +169,5 @@ class CoreCycles:
             sorted(texts.ends),
             self._chooser.least_lengths(),
             setting,
+            self._taps,
         )

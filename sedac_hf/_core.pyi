@@ -538,6 +538,9 @@ class CycleOutcome:
     @property
     def verify(self) -> float:
         """Seconds from the drafts to the next roots."""
+    @property
+    def tapped(self) -> list[FloatArray]:
+        """States at each tap and at the end, ``[rows * width]`` each; nothing without taps."""
 
 class GreedyCycle:
     """A batch that is decoded cycle by cycle: drafts, one verification, what the base says too.
@@ -556,6 +559,7 @@ class GreedyCycle:
         ends: Sequence[int],
         least: Sequence[tuple[int, Sequence[int]]],
         head: tuple[int, bool, npt.NDArray[np.int64] | None, FloatArray] | None = None,
+        taps: Sequence[int] = (),
     ) -> GreedyCycle:
         """Begin behind a prompt and the token that was chosen after it.
 
@@ -571,6 +575,8 @@ class GreedyCycle:
             head: The exit head that drafts: layers before its checkpoint, whether it takes
                 feedback, tokens of its words (None where words are tokens), and the final-layer
                 state of each row's prompt ``[rows, width]``. None for drafts from the text alone.
+            taps: Numbers of layers, ascending, after which states are handed out; then nothing is
+                drafted.
 
         Raises:
             ValueError: If lengths differ, a text is empty or a number is negative.

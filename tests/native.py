@@ -32,7 +32,7 @@ def step_by_step() -> Iterator[None]:
     """Loops in Python run every step, as in calls that whole cycles of the core do not serve."""
     with pytest.MonkeyPatch.context() as patch:
         for module in ("exact", "settled"):
-            patch.setattr(f"sedac_hf.generation.{module}.core_cycles", lambda *args: None)
+            patch.setattr(f"sedac_hf.generation.{module}.core_cycles", lambda *args, **values: None)
         yield
 
 

@@ -76,6 +76,10 @@ class NativeParts:
             return False
         return list(map(Tensor.data_ptr, self.tensors)) == addresses
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """The memory that was described; whoever holds it may read it unseen."""
+        return [tensor.untyped_storage() for tensor in self.tensors]
+
 
 @dataclass(frozen=True)
 class NarrowStack:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["NativePass"]
 
 Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
+# Steps between two looks at the weights where no code of the caller's runs in between.
+_RARELY = 16
 
 
 class NativePass:
@@ -90,6 +92,8 @@ class NativePass:
         self._loaded = np.zeros(0, np.int64)
         self._going: IntArray | None = None  # rows that are still run; None for all
         self._narrow = narrow
+        self._every, self._unseen = 1, 0
+        self._held: list[torch.UntypedStorage] = []
 
     @property
     def num_layers(self) -> int:
@@ -291,6 +295,16 @@ class NativePass:
         whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
         self.cache(part).keep(*whole)
 
+    def look_rarely(self) -> None:
+        """From now on look at the weights in every sixteenth step only.
+
+        For texts between whose steps no code of the caller's runs. Weights can change in other
+        threads alone then, and it has no meaning which step is the first to see it. Until then the
+        memory that was described is held, so that it is still there to be read.
+        """
+        self._every, self._unseen = _RARELY, 0
+        self._held = self._parts.storages()
+
     def look_again(self, *, thorough: bool = False) -> NativeParts:
         """Notice what has changed of the weights since the last step.
 
@@ -303,8 +317,13 @@ class NativePass:
         Raises:
             NotNativeError: If the base cannot run natively any more.
         """
-        if self._watching:
-            self._parts = self._model.parts(thorough=thorough)
+        self._unseen += 1
+        if self._watching and (thorough or self._unseen >= self._every):
+            self._unseen = 0
+            found = self._model.parts(thorough=thorough)
+            if found is not self._parts:
+                self._parts = found
+                self._held = found.storages() if self._held else []
         return self._parts
 
     def _run(

@@ -109,7 +109,7 @@ class _Bench:
         self._native = choice.name == "native"
         self._budget = Budget(plan, native=self._native)
         self._result = BenchResult()
-        self._cells_done = 0
+        self._warm: set[int] = set()  # batch sizes that were measured before
         self._modes: list[str] = []
         if not self._native:
             reason = f"every mode runs on them here ({choice.reason})"
@@ -185,14 +185,14 @@ class _Bench:
             batches,
             rounds=plan.repeats,
             counted=counted,
-            warm_up=plan.warmed_up(self._cells_done),
+            warm_up=plan.warmed_up(rows in self._warm),
             limit=limit,
         )
         batches = batches[: seconds["generate"].shape[1]]
         equal = self._equal(batches, names, arms, settings)
         apart = {name: _apart(model, batches, arms, name) for name in names}
         self._budget.learn(self._budget.spent - begun, batches)
-        self._cells_done += 1
+        self._warm.add(rows)
         return Measured(
             group=group,
             rows=rows,

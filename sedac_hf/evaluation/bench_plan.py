@@ -86,13 +86,14 @@ class BenchPlan:
             "quick": True,
         }
 
-    def warmed_up(self, cells: int) -> int | None:
+    def warmed_up(self, known: bool) -> int | None:
         """Batches that are run before those that count.
 
         Args:
-            cells: How many cells were measured before; in a quick run they have warmed up the rest.
+            known: Whether another group was measured at this batch size before; in a quick run it
+                has warmed up the rest.
         """
-        return 0 if self.quick and cells else self.warm_up
+        return 0 if self.quick and known else self.warm_up
 
     def second_modes(self, rows: int) -> tuple[str, ...]:
         """Modes that get a second row, on the base's own modules, where the native pass serves.

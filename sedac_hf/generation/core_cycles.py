@@ -6,10 +6,13 @@ Where nothing but best words, end tokens and a length decide a text, no step nee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from sedac_hf import _core
 from sedac_hf.core.native_model import threads
@@ -39,10 +42,11 @@ def core_cycles(
     texts: RowTexts,
     chooser: TokenChooser,
     head: HeadDraft | None = None,
+    taps: Sequence[int] = (),
 ) -> CoreCycles | None:
     """Whole cycles of a call, or None where they must be run step by step.
 
-    Nobody may want K/V of rows behind their end, or the states of settled positions.
+    Nobody may want K/V of rows behind their end, or states of settled positions but those tapped.
 
     Args:
         run: Runs layers and heads.
@@ -50,15 +54,18 @@ def core_cycles(
         texts: The rows' texts.
         chooser: Draws tokens.
         head: The exit head that drafts, or None.
+        taps: Numbers of layers after which states are wanted, ascending; without drafts only.
     """
     if type(run) is not NativePass or not chooser.takes_best(texts) or not texts.ends_by_tokens:
         return None
     parts = run.look_again()
+    if not texts.calls_out:
+        run.look_rarely()
     if parts.embedding is None or parts.rotary.up_to(0) is None:
         return None
     if head is not None and parts.heads[head.k] is None:
         return None
-    return CoreCycles(run, state, texts, chooser, head)
+    return CoreCycles(run, state, texts, chooser, head, taps)
 
 
 class CoreCycles:
@@ -71,6 +78,7 @@ class CoreCycles:
         texts: RowTexts,
         chooser: TokenChooser,
         head: HeadDraft | None,
+        taps: Sequence[int],
     ) -> None:
         """Prepare; see `core_cycles`."""
         self._run = run
@@ -78,6 +86,7 @@ class CoreCycles:
         self._texts = texts
         self._chooser = chooser
         self._head = head
+        self._taps = list(taps)
         self._core: _core.GreedyCycle | None = None
         self._position = 0
 
@@ -120,11 +129,32 @@ class CoreCycles:
                 self._texts.append(row, word, origin=NAMES[origin])
         self._state.length = length
 
+    def begin_anew(self) -> None:
+        """Let the next cycle begin where the rows stand by then: others have taken steps."""
+        self._core = None
+
+    def tapped(self, outcome: _core.CycleOutcome) -> list[Tensor]:
+        """States of all rows at each tap and at the end, `[rows, 1, width]`; zeros of ended rows.
+
+        Args:
+            outcome: The cycle.
+        """
+        rows, found = torch.tensor(outcome.rows), []
+        for states in outcome.tapped:
+            own = torch.from_numpy(states).view(len(rows), 1, -1)
+            if len(rows) < self._state.rows:
+                every = torch.zeros(self._state.rows, 1, own.shape[-1])
+                every[rows] = own
+                own = every
+            found.append(own)
+        return found
+
     def _begin(self) -> _core.GreedyCycle:
         state, texts, head = self._state, self._texts, self._head
         rows = range(state.rows)
         position = state.positions(state.length, np.zeros((state.rows, 1), np.int64))[:, 0]
-        self._position = int(position.max())
+        # Of the prompts' ends: rows go on from there by as many tokens as they are given.
+        self._position = int((position - texts.new).max())
         setting = None
         if head is not None:
             last = np.ascontiguousarray(head.last[:, -1].float().numpy(force=True))
@@ -139,4 +169,5 @@ class CoreCycles:
             sorted(texts.ends),
             self._chooser.least_lengths(),
             setting,
+            self._taps,
         )

@@ -49,21 +49,22 @@ class Tally:
 class PassCosts:
     """Time of a pass by its number of nodes, linear between the numbers that were seen."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
+    def __init__(self, seconds: dict[int, float], *, weight: float = 4.0) -> None:
         """Begin with measurements.
 
         Args:
             seconds: Time of a pass for some numbers of nodes; at least one.
+            weight: How many passes each of them counts for, above 0.
         """
-        self._seen = {nodes: Tally(value, 4.0, 0.9) for nodes, value in seconds.items()}
+        self._seen = {nodes: Tally(value, weight, 0.9) for nodes, value in seconds.items()}
         self._sizes = sorted(self._seen)
 
-    def of(self, nodes: int) -> float:
+    def of(self, nodes: float) -> float:
         """Seconds that a pass over `nodes` takes."""
         sizes = self._sizes
         at = bisect_left(sizes, nodes)
         if at < len(sizes) and sizes[at] == nodes:
-            return self._seen[nodes].value
+            return self._seen[sizes[at]].value
         if len(sizes) == 1:
             return self._seen[sizes[0]].value
         at = min(max(at, 1), len(sizes) - 1)

@@ -122,7 +122,8 @@ class ExactDecoding(ModeControl):
                 run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch, hits
             )
         depth = self.shell.num_layers
-        governor = governors.find(run, depth, state, head)
+        starts = [each.spec.layer_idx + 1 for each in parts.heads]
+        governor = governors.find(run, starts, depth, state, head)
         keeps = prompt.stores and session.in_step
         # Who watches exits must see their states, and who gets the cache back all K/V.
         steps = prompt.stores or session.watch is not None

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK", "ExitGovernor", "ExitGovernors", "exits_always_act", "is_governed"]
 
 BLOCK = 8  # steps between two decisions
-_TRIAL = 9  # blocks that take turns before the first decision; the first one only warms up
-_RETRY = 4
-_FIRST_WAIT, _LONGEST_WAIT = 16, 256  # blocks without exits between tries
+_TRIAL = 5  # blocks that take turns before the first decision; the first one only warms up
+_RETRY = 3
+_FIRST_WAIT, _LONGEST_WAIT = 32, 256  # blocks without exits between tries
 _LOOK = 32  # of so many blocks with exits, one goes without to see what that takes now
 
 

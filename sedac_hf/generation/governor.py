@@ -296,11 +296,10 @@ class Governor:
         self._share.add(gain - 1, mean - 1)
         rest = self._rest[cycle.on]
         rest.add(min(cycle.rest, 3 * rest.value or cycle.rest))
-        # Smoothed costs rather than the clock's: one hiccup must not decide.
-        spent = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
-        spent += costs.of(cycle.nodes) + rest.value
-        if not cycle.on:  # too rare, while drafts are made, for their costs to have settled
-            spent = min(cycle.verify + cycle.rest, 1.5 * spent)
+        # Both ways by the clock, which smoothed costs would flatter; but one hiccup must not decide.
+        usual = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
+        usual += costs.of(cycle.nodes) + rest.value
+        spent = min(sum(cycle.levels) + cycle.verify + cycle.rest, 1.5 * usual)
         way[1].add(spent)
 
     def _learn(self, tree: DraftTree, kept: set[int], drafted: bool) -> None:

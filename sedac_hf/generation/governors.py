@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
 
-__all__ = ["Governors", "measure_level", "measure_passes"]
+__all__ = ["Governors", "expected_passes", "measure_level", "measure_passes"]
 
 _SIZES = (1, 2, 4, 8, 16)
 _REPEATS = 2
@@ -35,7 +35,8 @@ class Governors:
     def __init__(self) -> None:
         """Begin with nothing known."""
         self._lock = threading.Lock()
-        self._full: dict[int, PassCosts] = {}
+        # What passes from some layer to the logits take, by rows and that layer.
+        self._passes: dict[int, dict[int, PassCosts]] = {}
         self._off: dict[int, tuple[Tally, Tally]] = {}
         self._known: dict[tuple[int, int], Governor] = {}
 
@@ -57,6 +58,7 @@ class Governors:
     def find(
         self,
         run: RowPass,
+        starts: Sequence[int],
         depth: int,
         state: RowState,
         head: HeadDraft | None,
@@ -66,6 +68,7 @@ class Governors:
 
         Args:
             run: Runs layers and heads.
+            starts: First layer behind the checkpoint of each head.
             depth: Layers of the base.
             state: Where the rows stand; slots behind them are written over.
             head: The head, or None.
@@ -76,24 +79,23 @@ class Governors:
             found = self._known.get(key)
             if found is not None:
                 return found
+            passes = self._passes.get(state.rows)
+            if passes is None:
+                passes = expected_passes(self._passes, state.rows)
+                if passes is None:
+                    passes = measure_passes(run, state, sorted({0, *starts}), depth, clock)
+                self._passes[state.rows] = passes
+                self._off[state.rows] = off_cycle(passes[0])
+            full, off = passes[0], self._off[state.rows]
             width = _WIDTH if run.holds_trees else 1
-            full = self._full.get(state.rows)
-            if full is None:
-                full = PassCosts(measure_passes(run, state, 0, depth, clock))
-                self._full[state.rows] = full
-                self._off[state.rows] = off_cycle(full)
-            off = self._off[state.rows]
             if head is None:
                 found = Governor(full, width=width, rows=state.rows, off=off)
             else:
-                tail = full
-                if head.layer >= 0:
-                    costs = measure_passes(run, state, head.layer + 1, depth, clock)
-                    tail = PassCosts(costs)
                 level = measure_level(head, state.rows, clock)
                 found = Governor(
-                    full, tail, level, width=width, rows=state.rows, hits=head.hits, off=off
-                )
+                    full, passes[head.layer + 1], level,
+                    width=width, rows=state.rows, hits=head.hits, off=off,
+                )  # fmt: skip
             self._known[key] = found
             return found
 
@@ -108,32 +110,63 @@ class Governors:
 
 
 def measure_passes(
-    run: RowPass, state: RowState, start: int, depth: int, clock: Clock
-) -> dict[int, float]:
-    """Seconds of a pass from a layer to the logits, by number of nodes.
+    run: RowPass, state: RowState, starts: Sequence[int], depth: int, clock: Clock
+) -> dict[int, PassCosts]:
+    """What passes from some layers to the logits take: each pass is timed in parts.
 
     Args:
         run: Runs the layers.
         state: Where the rows stand.
-        start: First layer.
+        starts: The layers, ascending, 0 among them.
         depth: Layers of the base.
         clock: Seconds.
+
+    Returns:
+        Costs by the layer that a pass starts from; those from 0 include the embedding.
     """
-    taken: dict[int, float] = {}
+    taken: dict[int, dict[int, float]] = {start: {} for start in starts}
     for nodes in _SIZES:
         steps = np.tile(np.arange(nodes), (state.rows, 1))
         at = state.place(steps, chain_mask(np.full(state.rows, nodes), nodes))
         tokens = torch.zeros(steps.shape, dtype=torch.long)
-        spans = []
         for _ in range(_REPEATS):
-            begun = clock()
+            begun = [clock()]
             hidden = run.embed(tokens, at.positions)
-            run.best(run.layers(hidden, at, start, depth))
-            spans.append(clock() - begun)
-        taken[nodes] = min(spans)
-        if taken[nodes] > _DEAR * taken[1]:
+            for start, stop in zip(starts, [*starts[1:], depth], strict=True):
+                if start > 0:
+                    begun.append(clock())
+                if start < stop:
+                    hidden = run.layers(hidden, at, start, stop)
+            run.best(hidden)
+            ended = clock()
+            for start, since in zip(starts, begun, strict=True):
+                spans = taken[start]
+                spans[nodes] = min(spans.get(nodes, ended - since), ended - since)
+        if taken[0][nodes] > _DEAR * taken[0][1]:
             break  # larger trees will not pay, and their cost follows in a straight line
-    return taken
+    return {start: PassCosts(spans) for start, spans in taken.items()}
+
+
+def expected_passes(
+    known: Mapping[int, Mapping[int, PassCosts]], rows: int
+) -> dict[int, PassCosts] | None:
+    """What passes should take by those over fewer rows; None without any.
+
+    A pass over n nodes of each of r rows takes about as long as one over r n nodes of one row.
+
+    Args:
+        known: What passes take, by rows and the layer that they start from.
+        rows: Rows that are asked about.
+    """
+    fewer = [each for each in known if each < rows]
+    if not fewer:
+        return None
+    nearest = max(fewer)
+    ratio = rows / nearest
+    return {
+        start: PassCosts({size: costs.of(size * ratio) for size in _SIZES}, weight=1.0)
+        for start, costs in known[nearest].items()
+    }
 
 
 def measure_level(head: HeadDraft, rows: int, clock: Clock) -> float:

@@ -110,6 +110,13 @@ class RowTexts:
         return not self._others
 
     @property
+    def calls_out(self) -> bool:
+        """Whether code of the caller's runs between steps: a streamer of its own."""
+        if self._streamer is None:
+            return False
+        return type(self._streamer).__module__.split(".")[0] not in ("transformers", "sedac_hf")
+
+    @property
     def ends(self) -> frozenset[int]:
         """Tokens that end a row."""
         return self._ends

@@ -71,7 +71,8 @@ class SettleLoop:
             max_pending: Tokens that may wait for their tails.
             keeps_states: Whether `settle` will be asked for the states of all tokens.
             rests: Whether nobody wants K/V of rows behind their end.
-            core: Runs each step as one call, where nothing leaves and it can be.
+            core: Runs each step in which nobody may leave as one call, where it can be; it taps
+                the states that come to checkpoints.
         """
         self._run = run
         self._parts = parts
@@ -134,7 +135,9 @@ class SettleLoop:
     def _advance(self, acts: bool) -> None:
         """One token for every row that goes on."""
         if self._core is not None:
-            return self._advance_in_core(self._core)
+            if not (acts and self._stops) and not len(self._open):
+                return self._advance_in_core(self._core)
+            self._core.begin_anew()
         if self._rests:
             self._run.rest(self._texts.done)
         output, record = self._step(acts)
@@ -149,6 +152,12 @@ class SettleLoop:
         record = self._full_depth()
         going = self._commit(record)
         core.say(outcome)
+        if self._stops:
+            *states, last = core.tapped(outcome)
+            for queue, hidden in zip(self._queues, states, strict=True):
+                queue.add(hidden, self._last)
+            self._last = last
+            self._fill_long_queues()
         for row, words in zip(outcome.rows, outcome.words, strict=True):
             self._tokens[row] = words[-1]
         self.tails += len(outcome.rows)
@@ -196,10 +205,13 @@ class SettleLoop:
     def _whole_step(self) -> tuple[Tensor, StepRecord]:
         """A step in which nobody may leave."""
         output = self._kept(self._finish())
+        self._fill_long_queues()
+        return output, self._full_depth()
+
+    def _fill_long_queues(self) -> None:
         for queue in self._queues:
             if len(queue) >= _MAX_QUEUE:
                 queue.fill()
-        return output, self._full_depth()
 
     def _full_depth(self) -> StepRecord:
         """The record of a step in which nobody may leave; nobody writes to it."""

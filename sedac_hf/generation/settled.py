@@ -48,16 +48,17 @@ def decode_settled(
     state = prompt.state
     texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
+    governor = _governor(prompt.choice, session, state.rows)
     core = None
-    if session.cascade is None and session.watch is None and not prompt.stores:
-        core = core_cycles(prompt.run, state, texts, chooser)
+    if _may_go_all_the_way(session, governor) and not prompt.stores:
+        taps = [] if session.cascade is None else [head.layer_idx + 1 for head in parts.heads]
+        core = core_cycles(prompt.run, state, texts, chooser, taps=taps)
     kind = SoftPassLoop if session.is_soft else SettleLoop
     loop = kind(
         prompt.run, parts, session, state, texts, chooser, prompt.last,
         max_pending=model.config.max_pending, keeps_states=prompt.stores, rests=not prompt.stores,
         core=core,
     )  # fmt: skip
-    governor = _governor(prompt.choice, session, state.rows)
     loop.decode(prompt.logits, governor)
     if governor is not None:
         model.exit_stats.governor = governor.to_dict()
@@ -66,6 +67,13 @@ def decode_settled(
     if prompt.stores:
         prompt.store(loop.settle())
     return outcome(texts, call, prompt.model_kwargs)
+
+
+def _may_go_all_the_way(session: ExitSession, governor: ExitGovernor | None) -> bool:
+    """Whether there are steps in which nobody may leave, and of which no logits are wanted."""
+    if session.cascade is None:
+        return session.watch is None
+    return governor is not None and not (session.is_soft or session.follows_entropy)
 
 
 def _governor(choice: PassChoice, session: ExitSession, rows: int) -> ExitGovernor | None:

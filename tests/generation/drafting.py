@@ -46,7 +46,7 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
+    def find(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
         return Eager(head is not None)
 
     monkeypatch.setattr(Governors, "find", find)

@@ -47,7 +47,7 @@ class Eager(Governor):
 
 @pytest.fixture
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
+    def find(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
         return Eager(head is not None)
 
     monkeypatch.setattr(Governors, "find", find)

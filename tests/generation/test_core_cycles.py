@@ -66,7 +66,7 @@ def cycles(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What every cycle of exact mode did, from now on."""
     seen: list[Any] = []
 
-    def find(self: Any, run: Any, depth: Any, state: Any, head: Any, *args: Any) -> Governor:
+    def find(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
         return Fixed(head is not None, state.rows, seen)
 
     monkeypatch.setattr(Governors, "find", find)
@@ -272,6 +272,38 @@ def test_a_change_of_weights_is_noticed_within_a_text(
         assert bool(calls) != by_steps
         texts.append(text.tolist())
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_weights_are_looked_at_now_and_then_where_nobody_else_runs(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say, texts = CoreCycles.say, []
+    for changes in (True, False):
+        model, given = fair(build_tiny("llama"), 1, "feedback"), padded(1)
+        weight = model.base_lm.model.layers[1].mlp.down_proj.weight
+        looked: list[bool] = []
+
+        def acts(
+            self: CoreCycles,
+            outcome: Any,
+            weight: Tensor = weight,
+            changes: bool = changes,
+            looked: list[bool] = looked,
+        ) -> None:
+            say(self, outcome)
+            looked.append(True)
+            if len(looked) == 3 and changes:
+                weight.data = weight.data * -3.0  # the memory that the core reads is let go of
+
+        monkeypatch.setattr(CoreCycles, "say", acts)
+        text = model.generate(
+            **given, max_new_tokens=48, eos_token_id=None, do_sample=False, sedac_mode="plain"
+        )
+        texts.append(text[0, given["input_ids"].shape[1] :].tolist())
+    assert len(calls) == 2 * 47
+    changed, unchanged = texts
+    assert changed[:16] == unchanged[:16], "what was described is read until the next look"
+    assert changed[17:] != unchanged[17:], "and then what lies there now"
 
 
 class Hostile(LogitsProcessor):

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.generation import governors as module
+from sedac_hf.generation.costs import PassCosts
 from sedac_hf.generation.governor import Governor
-from sedac_hf.generation.governors import Governors
+from sedac_hf.generation.governors import Governors, expected_passes
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import prompt
 from tests.wrapping import wrap
@@ -29,10 +30,18 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
 class Clock:
     """Advances by what the last pass is said to take."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, per_node: float) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, per_node: float, layer: float = 0.0
+    ) -> None:
         self.now = 0.0
-        run = ModulePass.logits
+        run, run_layers = ModulePass.logits, ModulePass.layers
         self.passes = 0
+
+        def layers(run_pass: ModulePass, hidden: Tensor, at: Any, *span: int) -> Tensor:
+            self.now += layer * (span[1] - span[0])
+            return run_layers(run_pass, hidden, at, *span)
+
+        monkeypatch.setattr(ModulePass, "layers", layers)
 
         def logits(run_pass: ModulePass, hidden: Tensor) -> Tensor:
             self.now += 1.0 + per_node * hidden.shape[1]
@@ -52,8 +61,8 @@ def governed(
     seen: list[Governor] = []
     find = Governors.find
 
-    def noted(self: Any, run: Any, depth: Any, state: Any, head: Any) -> Governor:
-        seen.append(find(self, run, depth, state, head, clock))
+    def noted(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
+        seen.append(find(self, run, starts, depth, state, head, clock))
         return seen[-1]
 
     with monkeypatch.context() as patch:
@@ -78,20 +87,51 @@ def test_costs_are_measured_at_first_use_only(
     assert one["pass_ms"] == one["tail_ms"]
 
 
-def test_passes_that_will_not_pay_are_not_measured(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = Clock(monkeypatch, 3.0)
-    taken: list[dict[int, float]] = []
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[int, dict[int, float]]]]:
+    """Rows and seconds of each measurement, by first layer and nodes, from now on."""
+    taken: list[tuple[int, dict[int, dict[int, float]]]] = []
     measure = module.measure_passes
 
-    def noted(*args: Any) -> dict[int, float]:
-        taken.append(measure(*args))
-        return taken[-1]
+    def noted(run: Any, state: Any, *args: Any) -> dict[int, PassCosts]:
+        found = measure(run, state, *args)
+        taken.append((state.rows, {start: costs.to_dict() for start, costs in found.items()}))
+        return found
 
     monkeypatch.setattr(module, "measure_passes", noted)
-    governed(wrap(llama, {-1: "feedback"}), clock, monkeypatch)
-    assert taken == [{1: 4.0, 2: 7.0, 4: 13.0}]
+    return taken
+
+
+def test_passes_that_will_not_pay_are_not_measured(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, taken: list[Any]
+) -> None:
+    governed(wrap(llama, {-1: "feedback"}), Clock(monkeypatch, 3.0), monkeypatch)
+    assert taken == [(1, {0: {1: 4.0, 2: 7.0, 4: 13.0}})]
+
+
+def test_one_measurement_serves_all_heads_and_larger_batches(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, taken: list[Any]
+) -> None:
+    model = wrap(llama, {0: "block", 2: "block"})
+    clock = Clock(monkeypatch, 0.01, layer=0.5)
+    for rows in [1] * 6 + [4] * 6:
+        governed(model, clock, monkeypatch, rows=rows)
+    [(rows, seconds)] = taken
+    layers = llama.config.num_hidden_layers
+    assert rows == 1
+    for start in (0, 1, 3):
+        expected = {n: 1.0 + 0.01 * n + 0.5 * (layers - start) for n in (1, 2, 4, 8, 16)}
+        assert seconds[start] == pytest.approx(expected)
+    known = model.pass_choice().governors.to_dict()
+    assert {(each["batch"], each["head"]) for each in known} == {(1, 0), (1, 1), (4, 0), (4, 1)}
+
+
+def test_rows_count_like_nodes() -> None:
+    one, many = PassCosts({1: 1.0, 4: 2.0, 16: 3.0}), PassCosts({1: 9.0})
+    expected = expected_passes({1: {0: one}, 8: {0: many}}, 4)
+    assert expected is not None
+    assert expected[0].of_all((1, 2, 4)) == one.of_all((4, 8, 16))
+    assert expected_passes({4: {0: one}}, 4) is None
 
 
 def test_measuring_leaves_no_trace_in_the_text(

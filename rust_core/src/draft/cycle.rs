@@ -32,13 +32,15 @@ pub struct GreedyCycle {
     rows: Vec<Row>,
     ends: Ends,
     head: Option<HeadSetting>,
+    taps: Vec<usize>,
 }
 
 impl GreedyCycle {
-    /// Begins behind a prompt.
+    /// Begins behind a prompt. At `taps`, numbers of layers in ascending order, and at the end
+    /// states are handed out; a cycle that has some neither drafts nor has a head.
     #[must_use]
-    pub fn new(rows: Vec<Start>, ends: Ends, head: Option<HeadSetting>) -> Self {
-        Self { rows: rows.into_iter().map(Row::from).collect(), ends, head }
+    pub fn new(rows: Vec<Start>, ends: Ends, head: Option<HeadSetting>, taps: Vec<usize>) -> Self {
+        Self { rows: rows.into_iter().map(Row::from).collect(), ends, head, taps }
     }
 
     /// Number of rows.
@@ -91,6 +93,16 @@ impl GreedyCycle {
         if let Some(plan) = plan {
             plan.check()?;
         }
+        let layers = base.stack.layers().len();
+        if !self.taps.is_empty() {
+            if plan.is_some() || head.is_some() {
+                return Err(CoreError::value("taps", "none where there are drafts", 1.0));
+            }
+            if !self.taps.is_sorted() || self.taps.last().is_some_and(|&last| last > layers) {
+                let found = self.taps.last().map_or(0.0, |&last| last as f64);
+                return Err(CoreError::value("taps", "ascending and within the layers", found));
+            }
+        }
         if head.is_some() != self.head.is_some() {
             return Err(CoreError::value("head", "given where one was told of", 0.0));
         }
@@ -100,7 +112,7 @@ impl GreedyCycle {
         for row in &self.rows {
             check_length("last", row.head.last.len(), width, "the layers' width")?;
         }
-        if setting.entry > base.stack.layers().len() {
+        if setting.entry > layers {
             let found = setting.entry as f64;
             return Err(CoreError::value("entry", "within the layers", found));
         }
@@ -123,12 +135,13 @@ impl GreedyCycle {
         let hidden = rows.iter().map(|_| Vec::new()).collect();
         let (ends, setting) = (&self.ends, self.head.as_ref());
         let mut call = Call { ends, setting, model, base, head, rows, trees, hidden };
+        let mut tapped = Vec::new();
         let (mut drafted, mut levels) = (false, Vec::new());
         if let Some(plan) = plan {
             (drafted, levels) = call.draft(plan, asks)?;
         }
         let begun = Instant::now();
-        let last = call.verify()?;
+        let last = call.verify(&self.taps, &mut tapped)?;
         let mut walks = call.walk(&last)?;
         let lengths: Vec<usize> = call.rows.iter().map(|row| row.length).collect();
         let paths: Vec<Vec<usize>> =
@@ -136,6 +149,9 @@ impl GreedyCycle {
         call.base.cache.keep(0..call.base.stack.layers().len(), &lengths, &paths)?;
         let verify = begun.elapsed().as_secs_f64();
         call.settle(&last, &paths);
+        if !self.taps.is_empty() {
+            tapped.push(last);
+        }
         let nodes = call.size();
         let rows = places.into_iter().zip(call.trees).zip(walks).zip(paths);
         let rows = rows.map(|(((row, tree), walk), path)| RowOutcome {
@@ -145,7 +161,7 @@ impl GreedyCycle {
             words: walk.words,
             origins: walk.origins,
         });
-        Ok(Outcome { rows: rows.collect(), nodes, drafted, levels, verify })
+        Ok(Outcome { rows: rows.collect(), nodes, drafted, levels, verify, tapped })
     }
 }
 
@@ -261,15 +277,24 @@ impl Call<'_> {
         Nodes { at, positions }
     }
 
-    /// Final-layer states of all nodes, `[rows, nodes, width]`.
-    fn verify(&mut self) -> Result<Vec<f32>> {
+    /// Final-layer states of all nodes, `[rows, nodes, width]`; those at taps go to `tapped`.
+    fn verify(&mut self, taps: &[usize], tapped: &mut Vec<Vec<f32>>) -> Result<Vec<f32>> {
         self.pad();
         let known = self.hidden.first().map_or(0, |states| states.len() / self.width());
         self.enter(known)?;
         let mut states = self.hidden.concat();
-        let (nodes, model, entry) = (self.nodes(0), self.model, self.entry());
-        let layers = entry..self.base.stack.layers().len();
-        self.base.run(&model, &mut states, None, &nodes, layers)?;
+        let (nodes, model, mut from) = (self.nodes(0), self.model, self.entry());
+        for &tap in taps {
+            if tap > from {
+                self.base.run(&model, &mut states, None, &nodes, from..tap)?;
+                from = tap;
+            }
+            tapped.push(states.clone());
+        }
+        let depth = self.base.stack.layers().len();
+        if from < depth {
+            self.base.run(&model, &mut states, None, &nodes, from..depth)?;
+        }
         Ok(states)
     }
 

@@ -160,4 +160,6 @@ pub struct Outcome {
     pub levels: Vec<f64>,
     /// Seconds from the drafts to the next roots.
     pub verify: f64,
+    /// States at each tap and at the end, `[rows, width]` each; nothing without taps.
+    pub tapped: Vec<Vec<f32>>,
 }

@@ -1,6 +1,6 @@
 //! Bindings of `draft::cycle`: whole greedy cycles with the interpreter released.
 
-use numpy::{PyReadonlyArray1, PyReadonlyArray2};
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
 use super::arrays::slice;
@@ -51,11 +51,12 @@ pub(super) struct CycleOutcome {
     drafted: bool,
     levels: Vec<f64>,
     verify: f64,
+    tapped: Vec<Py<PyArray1<f32>>>,
 }
 
 impl CycleOutcome {
     fn new(py: Python<'_>, outcome: Outcome) -> PyResult<Self> {
-        let Outcome { rows, nodes, drafted, levels, verify } = outcome;
+        let Outcome { rows, nodes, drafted, levels, verify, tapped } = outcome;
         let mut made = Self {
             rows: Vec::with_capacity(rows.len()),
             trees: Vec::with_capacity(rows.len()),
@@ -66,6 +67,7 @@ impl CycleOutcome {
             drafted,
             levels,
             verify,
+            tapped: tapped.into_iter().map(|own| PyArray1::from_vec(py, own).unbind()).collect(),
         };
         for row in rows {
             made.rows.push(row.row);
@@ -84,7 +86,7 @@ type HeadOf<'py> = (Bound<'py, LayerStack>, Bound<'py, KvCache>, Bound<'py, Outp
 #[pymethods]
 impl GreedyCycle {
     #[new]
-    #[pyo3(signature = (texts, first, length, position, left, counted, ends, least, head = None))]
+    #[pyo3(signature = (texts, first, length, position, left, counted, ends, least, head = None, taps = Vec::new()))]
     #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn new(
         texts: Vec<PyReadonlyArray1<'_, i64>>,
@@ -96,6 +98,7 @@ impl GreedyCycle {
         ends: Vec<i64>,
         least: Vec<(usize, Vec<i64>)>,
         head: Option<HeadArgs<'_>>,
+        taps: Vec<usize>,
     ) -> PyResult<Self> {
         let (first, length) = (counts(&first, "first")?, counts(&length, "length")?);
         let (left, counted) = (counts(&left, "left")?, counts(&counted, "counted")?);
@@ -131,7 +134,7 @@ impl GreedyCycle {
             let words = words.map(|words| slice(&words, "words").map(<[i64]>::to_vec));
             Ok(HeadSetting { entry, feeds, words: words.transpose()? })
         });
-        Ok(Self(Cycle::new(starts, Ends { tokens: ends, least }, setting.transpose()?)))
+        Ok(Self(Cycle::new(starts, Ends { tokens: ends, least }, setting.transpose()?, taps)))
     }
 
     /// One cycle of the rows that have not ended.

@@ -296,7 +296,7 @@ class Governor:
         self._share.add(gain - 1, mean - 1)
         rest = self._rest[cycle.on]
         rest.add(min(cycle.rest, 3 * rest.value or cycle.rest))
-        # Both ways by the clock, which smoothed costs would flatter; but one hiccup must not decide.
+        # Both ways by the clock, which smoothed costs flatter; but one hiccup must not decide.
         usual = sum(self._level[i].value for i in range(min(len(cycle.levels), self.most_levels)))
         usual += costs.of(cycle.nodes) + rest.value
         spent = min(sum(cycle.levels) + cycle.verify + cycle.rest, 1.5 * usual)

@@ -11,6 +11,7 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.modeling import SedacForCausalLM
 from tests.calibration.synthetic import CHECKPOINTS, cost_model
 from tests.evaluation.wrapped import LAYERS, wrapped_llama
+from tests.generation.test_settled import settled
 from tests.tiny_models import build_tiny
 
 
@@ -73,6 +74,23 @@ def test_cascades_do_what_their_names_say_and_the_clock_is_read_per_step(monkeyp
     assert closed == (5, 4.0, (0, 0))
     assert fail == (5, 4.0, (4, 0))
     assert leave == sure == (5, (4 + 4 * 1) / 5, (4, 0))
+
+
+def test_what_a_governor_would_turn_off_is_measured_all_the_same(monkeypatch):
+    monkeypatch.setenv("SEDAC_GOVERNOR", "on")
+    model = settled("feedback", (-1, 1))
+    depths = []
+
+    def layers_run(call, ids):
+        model.exit_stats.reset()
+        call(ids)
+        depths.append(model.exit_stats.exit_share)
+        return float(model.exit_stats.tokens)
+
+    monkeypatch.setattr(module, "timed_call", layers_run)
+    measure_costs(model, [[5, 6, 7]], new_tokens=33, rounds=1)
+    # Prompt, plain, closed; then at each checkpoint fail, exit, sure.
+    assert depths[-9:] == pytest.approx([0, 0, 0, 0, 32 / 33, 32 / 33, 0, 32 / 33, 32 / 33])
 
 
 def test_real_times_give_a_usable_model():

@@ -20,6 +20,7 @@ from sedac_hf.calibration.states import (
     iter_logits,
     template_call,
 )
+from sedac_hf.core.exit_heads import ExitBlock
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SAMPLED_WORDS = 512  # words outside the draft vocabulary that stand for all the others
 _WARM_UP = 0.03
+_SIZED = 8  # documents whose states tell their usual size
 
 
 class WordSampler:
@@ -130,8 +132,9 @@ def train_head(
     sampler = WordSampler(shell, draft)
     parameters = [p.requires_grad_() for p in head.parameters()]
     optimiser = torch.optim.AdamW(
-        parameters, schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-    )
+        _groups(head, _usual_size(states, rows)),
+        schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01,
+    )  # fmt: skip
     total = schedule.epochs * sum(len(states.documents[i]) for i in rows)
     start, tokens, losses = time.monotonic(), 0, list[float]()
     bar = tqdm(total=100, desc=f"head {head.layer_idx}", unit="%", disable=not progress)
@@ -141,7 +144,7 @@ def train_head(
         if done >= 1:
             break
         for group in optimiser.param_groups:
-            group["lr"] = schedule.learning_rate * _pace(done)
+            group["lr"] = schedule.learning_rate * group["faster"] * _pace(done)
         batch = states.batch(chosen, head.layer_idx, shell.base.device)
         exited = exit_states(head, shell, batch, mixed=True)
         real = batch.mask.bool()
@@ -256,6 +259,27 @@ def _full_loss(
     logits = shell.logits(exited.to(shell.base.dtype).unsqueeze(0)).squeeze(0)
     log_q = torch.log_softmax(logits.float(), -1)
     return -(top_probabilities * log_q.gather(-1, top_ids)).sum(-1).mean()
+
+
+def _groups(head: ExitHead, size: float) -> list[dict[str, Any]]:
+    """Parameters with how many times the learning rate they are given.
+
+    A block begins as one of the base's last layers, which is used to states of `size`. States at an
+    early checkpoint are far smaller, and the map in front of the block, which makes up for it, sees
+    inputs of size 1: its weights have as much further to go.
+    """
+    mix = list(head.mix.parameters()) if isinstance(head, ExitBlock) else []
+    taken = {id(each) for each in mix}
+    rest = [each for each in head.parameters() if id(each) not in taken]
+    groups = [{"params": rest, "faster": 1.0}, {"params": mix, "faster": max(size, 1.0)}]
+    return [group for group in groups if group["params"]]
+
+
+def _usual_size(states: BaseStates, rows: Sequence[int]) -> float:
+    """Median over tokens of the root mean square of the base's final states."""
+    batch = states.batch(list(rows[:_SIZED]), states.checkpoints[0])
+    squares = batch.final[batch.mask.bool()].float().square().mean(-1)
+    return float(squares.median().sqrt())
 
 
 def _shifted(states: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts
 
-__all__ = ["CoreCycles", "core_cycles"]
+__all__ = ["CoreCycles", "core_cycles", "spare_looks"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -59,13 +59,24 @@ def core_cycles(
     if type(run) is not NativePass or not chooser.takes_best(texts) or not texts.ends_by_tokens:
         return None
     parts = run.look_again()
-    if not texts.calls_out:
-        run.look_rarely()
     if parts.embedding is None or parts.rotary.up_to(0) is None:
         return None
     if head is not None and parts.heads[head.k] is None:
         return None
     return CoreCycles(run, state, texts, chooser, head, taps)
+
+
+def spare_looks(run: RowPass, texts: RowTexts, chooser: TokenChooser) -> None:
+    """Let a native pass look at the weights rarely where no code of the caller's runs in a text.
+
+    Args:
+        run: Runs layers and heads.
+        texts: The rows' texts.
+        chooser: Draws tokens.
+    """
+    alone = chooser.takes_best(texts) and texts.ends_by_tokens and not texts.calls_out
+    if type(run) is NativePass and alone:
+        run.look_rarely()
 
 
 class CoreCycles:

@@ -12,7 +12,7 @@ from sedac_hf.core.choose_pass import PassChoice
 from sedac_hf.core.draft_stats import DraftStats
 from sedac_hf.core.session import ExitSession, active_session
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.core_cycles import core_cycles
+from sedac_hf.generation.core_cycles import core_cycles, spare_looks
 from sedac_hf.generation.exact_call import ExactCall, outcome, why_not
 from sedac_hf.generation.exact_loop import ExactLoop
 from sedac_hf.generation.head_draft import HeadDraft
@@ -128,6 +128,7 @@ class ExactDecoding(ModeControl):
         # Who watches exits must see their states, and who gets the cache back all K/V.
         steps = prompt.stores or session.watch is not None
         core = None if steps else core_cycles(run, state, texts, chooser, head)
+        spare_looks(run, texts, chooser)
         loop = ExactLoop(
             run, depth, state, texts, chooser, head, governor,
             keeps_states=keeps, rests=not prompt.stores, meter=session.meter, core=core,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sedac_hf.generation.acceptance import TokenChooser
-from sedac_hf.generation.core_cycles import core_cycles
+from sedac_hf.generation.core_cycles import core_cycles, spare_looks
 from sedac_hf.generation.exact_call import outcome
 from sedac_hf.generation.exit_governor import ExitGovernor, is_governed
 from sedac_hf.generation.prompt import read_prompt
@@ -53,6 +53,7 @@ def decode_settled(
     if _may_go_all_the_way(session, governor) and not prompt.stores:
         taps = [] if session.cascade is None else [head.layer_idx + 1 for head in parts.heads]
         core = core_cycles(prompt.run, state, texts, chooser, taps=taps)
+    spare_looks(prompt.run, texts, chooser)
     kind = SoftPassLoop if session.is_soft else SettleLoop
     loop = kind(
         prompt.run, parts, session, state, texts, chooser, prompt.last,

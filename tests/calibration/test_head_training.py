@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -60,6 +62,34 @@ def test_a_trained_block_beats_the_untrained_one(
     if report.stand_in_agreement is not None:
         assert report.stand_in_agreement > before
     assert not any(parameter.requires_grad for parameter in head.parameters())
+
+
+def test_the_map_before_a_block_learns_as_much_faster_as_its_layer_is_used_to_larger_states(
+    recorded: tuple[BaseShell, BaseStates], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, states = recorded
+    rates: list[dict[int, float]] = []
+    step = torch.optim.AdamW.step
+
+    def noted(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        rates.append({id(p): g["lr"] for g in self.param_groups for p in g["params"]})
+        return step(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    final = torch.cat([states.batch([i], 1).final[0].float() for i in range(8)])
+    size = float(final.square().mean(-1).median().sqrt())
+    assert size > 1.2
+    for kind in ("block", "lens"):
+        head = build_exit_head(CheckpointSpec(1, head=kind, feedback=kind == "block"), shell)
+        train_head(
+            head, shell, states, range(30), [100], torch.arange(VOCABULARY),
+            HeadSchedule(seconds=60, epochs=0.2, batch_tokens=512), progress=False,
+        )  # fmt: skip
+        named = {name: rates[-1][id(p)] for name, p in head.named_parameters()}
+        usual = named.pop("mix.weight", None)
+        assert len(set(named.values())) == 1
+        if kind == "block":
+            assert usual == pytest.approx(size * next(iter(named.values())), rel=1e-3)
 
 
 def test_training_is_seeded(recorded: tuple[BaseShell, BaseStates]) -> None:

@@ -77,6 +77,13 @@ def test_generation_and_simulation_agree_token_for_token(
         assert stats.runs_on == "native"
 
 
+def test_tokens_may_be_sure_at_the_embedding(runs_on: str) -> None:
+    model = soft_model(build_tiny("llama"), "soft", {-1: "lens", 1: "lens"})
+    found = assert_simulated(model, generated(model, prompt(3, PROMPT)), PROMPT)
+    assert model.exit_stats.runs_on == runs_on
+    assert (found.soft_exits[:, PROMPT:] == 0).any()
+
+
 @pytest.fixture(scope="module")
 def micro_soft(micro_model: MicroModel) -> SedacForCausalLM:
     """The micro model with soft exits."""

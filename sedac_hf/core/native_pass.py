@@ -192,6 +192,8 @@ class NativePass:
         With `kept` the channels of all rows are added up in the order of their importance, so that
         a row's bits do not depend on what others keep; they differ by rounding from those without.
         """
+        if start == stop:  # no layer comes before a checkpoint at the embedding
+            return hidden.float()
         parts = self._parts
         if kept is None:
             return self._run(
@@ -350,7 +352,7 @@ class NativePass:
         # The core writes over what it is given.
         states = hidden.detach().to(torch.float32, copy=True).reshape(-1, shape[-1]).contiguous()
         evenness = None
-        if spread is not None and span[0] != span[1]:
+        if spread is not None:
             evenness = torch.full(hidden.shape[:-1], torch.nan)
             spread.risk = evenness
         if len(states):

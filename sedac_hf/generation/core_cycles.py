@@ -56,7 +56,7 @@ def core_cycles(
         head: The exit head that drafts, or None.
         taps: Numbers of layers after which states are wanted, ascending; without drafts only.
     """
-    if type(run) is not NativePass or not chooser.takes_best(texts) or not texts.ends_by_tokens:
+    if type(run) is not NativePass or not _tokens_decide(texts, chooser):
         return None
     parts = run.look_again()
     if parts.embedding is None or parts.rotary.up_to(0) is None:
@@ -74,9 +74,13 @@ def spare_looks(run: RowPass, texts: RowTexts, chooser: TokenChooser) -> None:
         texts: The rows' texts.
         chooser: Draws tokens.
     """
-    alone = chooser.takes_best(texts) and texts.ends_by_tokens and not texts.calls_out
-    if type(run) is NativePass and alone:
+    if type(run) is NativePass and _tokens_decide(texts, chooser) and not texts.calls_out:
         run.look_rarely()
+
+
+def _tokens_decide(texts: RowTexts, chooser: TokenChooser) -> bool:
+    """Whether nothing but best words, end tokens and a length decides a text."""
+    return chooser.takes_best(texts) and texts.ends_by_tokens
 
 
 class CoreCycles:

@@ -31,9 +31,8 @@ class SoftPassLoop(SettleLoop):
             layer = 0
             for k, head in enumerate(parts.heads):
                 stop, spread = head.layer_idx + 1, step.spread_at(k)
-                if layer < stop:  # no layer comes before the embedding
-                    hidden = run.layers(hidden, at, layer, stop, step.kept, spread)
-                    layer = stop
+                hidden = run.layers(hidden, at, layer, stop, step.kept, spread)
+                layer = stop
                 step.ask(k, hidden, None if spread is None else spread.flat)
             hidden = run.layers(hidden, at, layer, depth, step.kept)
             record = step.finish()

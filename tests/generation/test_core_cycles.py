@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from sedac_hf.core.native_embedding import describe_embedding
 from sedac_hf.core.native_rotary import RotaryTables
 from sedac_hf.core.session import ExitSession, StepRecord
 from sedac_hf.generation.core_cycles import CoreCycles
@@ -375,32 +374,3 @@ def test_logits_that_are_not_numbers_give_the_same_text(
     in_core, by_steps = both_ways(generate, cycles, calls)
     # What is not finite differs from itself: probabilities are left out.
     assert [(g, p, c) for g, _, p, c, _ in in_core] == [(g, p, c) for g, _, p, c, _ in by_steps]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3"])
-def test_embeddings_are_those_of_the_module(architecture: str, dtype: torch.dtype) -> None:
-    module = build_tiny(architecture, dtype=dtype).get_input_embeddings()
-    found = describe_embedding(module)
-    assert found is not None
-    ids = torch.arange(module.num_embeddings)
-    with torch.no_grad():
-        expected = module(ids).float().flatten()
-    assert torch.equal(torch.tensor(found.look_up(ids.numpy())), expected)
-    for wrong in (-1, module.num_embeddings):
-        with pytest.raises(ValueError, match="row of the embedding"):
-            found.look_up(torch.tensor([wrong]).numpy())
-
-
-def test_embeddings_that_do_something_else_are_not_read() -> None:
-    class Shifted(nn.Embedding):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) + 1
-
-    assert describe_embedding(nn.Embedding(5, 4)) is not None
-    assert describe_embedding(Shifted(5, 4)) is None
-    assert describe_embedding(nn.Embedding(5, 4, max_norm=1.0)) is None
-    assert describe_embedding(nn.Linear(5, 4)) is None
-    hooked = nn.Embedding(5, 4)
-    hooked.register_forward_hook(lambda *args: None)
-    assert describe_embedding(hooked) is None

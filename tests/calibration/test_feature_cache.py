@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 
 from sedac_hf.calibration.feature_cache import FeatureCache
+from tests.threads import in_threads
 
 EACH = 400  # bytes of one feature
 
@@ -60,11 +59,7 @@ def test_threads_never_hold_more_than_the_bound() -> None:
             if fetch(cache, key) != key or cache.nbytes > 6 * EACH:
                 wrong.append(key)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 6)
     assert not wrong
     assert cache.nbytes == 5 * EACH
     assert cache.hits + cache.misses == 6 * 300

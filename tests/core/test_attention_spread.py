@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ import sedac_hf.core.attention_spread as module
 from sedac_hf.core.attention_spread import Spread, spread_of, spread_reason
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.estimators import AttentionEntropyEstimator, Observation
+from tests.threads import in_threads
 from tests.tiny_models import LAYERS, WINDOW, build_tiny, prompt
 
 # Those whose layers go through transformers' attention interface; windows, soft caps, groups.
@@ -206,9 +206,5 @@ def test_threads_see_their_own() -> None:
                 if not torch.allclose(found, expected[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from sedac_hf.core.base_shell import BaseShell, LayerCall
 from sedac_hf.core.self_check import self_check
 from sedac_hf.errors import SedacError, UnsupportedModelError
+from tests.threads import in_threads
 from tests.tiny_models import LAYERS, VOCABULARY, WIDTH, build_tiny, prompt
 
 
@@ -163,11 +163,7 @@ def test_threads_do_not_mix(llama: PreTrainedModel) -> None:
                 if not torch.equal(found, expected[i]):
                     wrong.append(i)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, 4)
     assert not wrong
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from sedac_hf.modeling import SedacForCausalLM
+from tests.threads import in_threads
 from tests.tiny_models import LAYERS, VOCABULARY, build_tiny, prompt
 from tests.wrapping import exits_by_hand, mixed, rule, wrap
 
@@ -180,11 +181,7 @@ def test_threads_generate_as_if_alone(model: SedacForCausalLM) -> None:
     def work(i: int) -> None:
         found[i] = model.generate(prompts[i], **GREEDY, return_dict_in_generate=True)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, len(prompts))
     for ours, theirs in zip(found, alone, strict=True):
         assert torch.equal(ours.sequences, theirs.sequences)
         assert torch.equal(ours.exit_layers, theirs.exit_layers)

@@ -593,8 +593,12 @@ class GreedyCycle:
         plan: DraftPlan | None = None,
         asks: bool = False,
         head: tuple[LayerStack, KvCache, OutputHead] | None = None,
-    ) -> CycleOutcome:
-        """One cycle of the rows that have not ended, with the interpreter released.
+        most: int = 1,
+        seconds: float = 0.0,
+    ) -> list[CycleOutcome]:
+        """Cycles of the rows that have not ended, with the interpreter released.
+
+        At least one is run, and none behind the end of a row.
 
         Tokens are the base's own best words, the first of equal ones. K/V of rows that have ended
         are left as they are.
@@ -609,6 +613,11 @@ class GreedyCycle:
             plan: How much to draft; None for one token a row.
             asks: Whether the head may be asked.
             head: Layers, K/V and output layer of the head that the cycle was told of.
+            most: Cycles at most.
+            seconds: Time after which no further cycle is begun.
+
+        Returns:
+            How each went; nothing if all rows had ended.
 
         Raises:
             ValueError: If parts do not fit each other or a position has no row in the tables; the

@@ -56,8 +56,9 @@ def run_pass_bench(
         title = f"{name}, {found['dtype']}, {found['threads']} threads, {found['kernel']}"
         screen.out.print(_table(timings, title))
         for each in shares:
+            how = ", streamed" if each.streamed else ""
             screen.out.print(
-                f"outside the core, {each.mode}: {each.outside:.1%} of a step "
+                f"outside the core, {each.mode}{how}: {each.outside:.1%} of a step "
                 f"({each.outside_ms:.2f} of {each.step_ms:.1f} ms, {each.steps} steps)"
             )
     return found

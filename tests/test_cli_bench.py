@@ -212,6 +212,7 @@ def test_passes_are_timed_beside_torch(sedac: Runner, artefact: Path, tmp_path: 
     assert {"plain", "exact"} <= set(shares)
     assert all(0 < share < 1 for share in shares.values())
     assert "outside the core, plain:" in table
+    assert "outside the core, plain, streamed:" in table
     assert not (tmp_path / "kept").exists()
 
 

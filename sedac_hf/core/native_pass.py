@@ -307,11 +307,12 @@ class NativePass:
         self._every, self._unseen = _RARELY, 0
         self._held = self._parts.storages()
 
-    def look_again(self, *, thorough: bool = False) -> NativeParts:
+    def look_again(self, *, thorough: bool = False, steps: int = 1) -> NativeParts:
         """Notice what has changed of the weights since the last step.
 
         Args:
             thorough: See `NativeModel.parts`.
+            steps: Steps since the last call.
 
         Returns:
             What the Rust core is told of them by now.
@@ -319,7 +320,7 @@ class NativePass:
         Raises:
             NotNativeError: If the base cannot run natively any more.
         """
-        self._unseen += 1
+        self._unseen += steps
         if self._watching and (thorough or self._unseen >= self._every):
             self._unseen = 0
             found = self._model.parts(thorough=thorough)

@@ -34,6 +34,8 @@ IntArray = npt.NDArray[np.int64]
 
 # Positions that the nodes of a cycle may lie behind its root, at most.
 _AHEAD = 64
+# Cycles of one call at most, and seconds after which it begins no more: an interrupt must wait.
+_MOST, _LONGEST = 16, 0.05
 
 
 def core_cycles(
@@ -43,6 +45,8 @@ def core_cycles(
     chooser: TokenChooser,
     head: HeadDraft | None = None,
     taps: Sequence[int] = (),
+    *,
+    timed: bool = False,
 ) -> CoreCycles | None:
     """Whole cycles of a call, or None where they must be run step by step.
 
@@ -55,6 +59,7 @@ def core_cycles(
         chooser: Draws tokens.
         head: The exit head that drafts, or None.
         taps: Numbers of layers after which states are wanted, ascending; without drafts only.
+        timed: Whether somebody wants to know when each token came.
     """
     if type(run) is not NativePass or not _tokens_decide(texts, chooser):
         return None
@@ -63,7 +68,8 @@ def core_cycles(
         return None
     if head is not None and parts.heads[head.k] is None:
         return None
-    return CoreCycles(run, state, texts, chooser, head, taps)
+    most = 1 if timed or texts.is_streamed else _MOST
+    return CoreCycles(run, state, texts, chooser, head, taps, most)
 
 
 def spare_looks(run: RowPass, texts: RowTexts, chooser: TokenChooser) -> None:
@@ -84,7 +90,11 @@ def _tokens_decide(texts: RowTexts, chooser: TokenChooser) -> bool:
 
 
 class CoreCycles:
-    """The cycles of one call; they begin once each row's first token has been chosen."""
+    """The cycles of one text (or batch); they begin once each row's first token has been chosen.
+
+    Attributes:
+        most: Cycles that one call may run; 1 where each token must be told of as it comes.
+    """
 
     def __init__(
         self,
@@ -94,8 +104,10 @@ class CoreCycles:
         chooser: TokenChooser,
         head: HeadDraft | None,
         taps: Sequence[int],
+        most: int = 1,
     ) -> None:
         """Prepare; see `core_cycles`."""
+        self.most = most
         self._run = run
         self._state = state
         self._texts = texts
@@ -104,21 +116,26 @@ class CoreCycles:
         self._taps = list(taps)
         self._core: _core.GreedyCycle | None = None
         self._position = 0
+        self._steps = 1  # cycles since the weights were last looked at, or asked after
 
-    def run(self, plan: _core.DraftPlan | None = None, *, asks: bool = False) -> _core.CycleOutcome:
-        """Run a cycle; `say` hands on what came of it.
+    def run(
+        self, plan: _core.DraftPlan | None = None, *, asks: bool = False, most: int = 1
+    ) -> list[_core.CycleOutcome]:
+        """Run some cycles; `say` hands on what came of each. They end when a row does.
 
         Args:
             plan: How much to draft; None for one token a row.
             asks: Whether the head may be asked.
+            most: Cycles at most; at least one is run.
 
         Raises:
             NotNativeError: If the weights can no longer be read in place.
         """
         if self._core is None:
             self._core = self._begin()
-        run, parts = self._run, self._run.look_again()
-        tables = parts.rotary.up_to(self._position + int(self._texts.new.max()) + _AHEAD)
+        run, parts = self._run, self._run.look_again(steps=self._steps)
+        most = min(most, self.most)
+        tables = parts.rotary.up_to(self._position + int(self._texts.new.max()) + most * _AHEAD)
         head = None
         if self._head is not None:
             k = self._head.k
@@ -126,10 +143,12 @@ class CoreCycles:
                 head = (stack, run.cache(k), run.draft_output)
         if parts.embedding is None or tables is None or (head is None) != (self._head is None):
             raise NotNativeError("the embedding or a head was replaced while a text was written")
-        return self._core.run(
+        outcomes = self._core.run(
             parts.base, run.cache(BASE), parts.output, parts.embedding, tables, threads(),
-            plan, asks, head,
+            plan, asks, head, most, _LONGEST,
         )  # fmt: skip
+        self._steps = len(outcomes)
+        return outcomes
 
     def say(self, outcome: _core.CycleOutcome) -> None:
         """Append to the texts what a cycle has given them.

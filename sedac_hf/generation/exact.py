@@ -127,7 +127,8 @@ class ExactDecoding(ModeControl):
         keeps = prompt.stores and session.in_step
         # Who watches exits must see their states, and who gets the cache back all K/V.
         steps = prompt.stores or session.watch is not None
-        core = None if steps else core_cycles(run, state, texts, chooser, head)
+        timed = session.meter is not None
+        core = None if steps else core_cycles(run, state, texts, chooser, head, timed=timed)
         spare_looks(run, texts, chooser)
         loop = ExactLoop(
             run, depth, state, texts, chooser, head, governor,

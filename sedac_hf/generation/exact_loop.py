@@ -117,24 +117,41 @@ class ExactLoop:
             self.cycle()
 
     def cycle(self) -> None:
-        """Draft, verify and accept once."""
-        texts, core = self._texts, self._core
+        """Draft, verify and accept: once, or in one call of the core a few times."""
+        if self._core is not None:
+            return self._in_core(self._core)
+        texts = self._texts
         started, alive, had = self._clock(), ~texts.done, texts.new.copy()
         cycle = self._governor.begin()
-        done = self._step_by_step(cycle, alive) if core is None else self._in_core(cycle, core)
+        done = self._step_by_step(cycle, alive)
         cycle.gain = _least_gain(had, texts.new, ~texts.done)
         cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
         cycle.rows, cycle.is_whole = len(done.trees), bool(alive.all())
         cycle.tokens = sum(map(len, done.paths))
         self._report(cycle, done)
 
-    def _in_core(self, cycle: Cycle, core: CoreCycles) -> _Accepted:
-        """A cycle as one call."""
-        outcome = core.run(self._governor.plan(), asks=cycle.on)
-        core.say(outcome)
-        cycle.nodes, cycle.drafted = outcome.nodes, outcome.drafted
-        cycle.levels, cycle.verify = outcome.levels, outcome.verify
-        return _Accepted(outcome.rows, outcome.trees, outcome.paths)
+    def _in_core(self, core: CoreCycles) -> None:
+        """Cycles that go alike as one call."""
+        texts, governor, started = self._texts, self._governor, self._clock()
+        is_whole = not texts.done.any()
+        alike = governor.alike(core.most) if core.most > 1 else 1
+        first = governor.begin()
+        outcomes = core.run(governor.plan(), asks=first.on, most=alike)
+        # The others were begun by what was known then, too: none has been learned from yet.
+        cycles = [first, *(governor.begin() for _ in outcomes[1:])]
+        for cycle, outcome in zip(cycles, outcomes, strict=True):
+            had = texts.new.copy()
+            core.say(outcome)
+            cycle.gain = _least_gain(had, texts.new, ~texts.done)
+            cycle.nodes, cycle.drafted = outcome.nodes, outcome.drafted
+            cycle.levels, cycle.verify = outcome.levels, outcome.verify
+            cycle.rows, cycle.is_whole = len(outcome.rows), is_whole
+            cycle.tokens = sum(map(len, outcome.paths))
+        inside = sum(cycle.verify + sum(cycle.levels) for cycle in cycles)
+        rest = (self._clock() - started - inside) / max(len(cycles), 1)
+        for cycle, outcome in zip(cycles, outcomes, strict=True):
+            cycle.on, cycle.rest = first.on, rest
+            self._report(cycle, _Accepted(outcome.rows, outcome.trees, outcome.paths))
 
     def _step_by_step(self, cycle: Cycle, alive: npt.NDArray[np.bool_]) -> _Accepted:
         """A cycle as many calls of the pass."""

@@ -191,6 +191,22 @@ class Governor:
         """Tokens a row gains per second when this head may draft."""
         return self._rate_on
 
+    def alike(self, most: int) -> int:
+        """How many cycles from here on would begin alike, if nothing were learned meanwhile.
+
+        Args:
+            most: What is enough.
+        """
+        with self._lock:
+            if self._tail is None:
+                return most
+            if self._left > 0:
+                return 1  # on trial each cycle is learned from
+            until = self._wait - self._since_try - 1
+            if self.is_on:
+                until = self._look - self._since_look
+            return min(max(until, 1), most)
+
     def begin(self) -> Cycle:
         """Start a cycle; says whether the head may be asked."""
         with self._lock:

@@ -110,6 +110,11 @@ class RowTexts:
         return not self._others
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether a streamer waits for each token."""
+        return self._streamer is not None
+
+    @property
     def calls_out(self) -> bool:
         """Whether code of the caller's runs between steps: a streamer of its own."""
         if self._streamer is None:

@@ -21,6 +21,7 @@ from sedac_hf.generation.logits_processor import scale_exits
 from sedac_hf.generation.open_nodes import HeadQueue, OpenNodes
 
 if TYPE_CHECKING:
+    from sedac_hf._core import CycleOutcome
     from sedac_hf.core.decoder_loop import ExitParts
     from sedac_hf.core.row_pass import FloatArray, IntArray, Mask, RowPass
     from sedac_hf.core.session import ExitSession
@@ -111,7 +112,7 @@ class SettleLoop:
         self._choose(logits, self._full_depth())
         while not self._texts.done.all():
             if governor is None:
-                self._advance(acts=True)
+                self._advance(True, BLOCK)
             else:
                 self._block(governor)
 
@@ -119,24 +120,35 @@ class SettleLoop:
         """Some steps with exits or without, as the governor says; it learns what they took."""
         acts, whole = governor.begin(), not self._texts.done.any()
         spent = {True: [0.0, 0], False: [0.0, 0]}
-        for _ in range(BLOCK):
+        left = BLOCK
+        while left > 0 and not self._texts.done.all():
             # Catching up with tokens that have left is a cost of exits.
             counts = spent[acts or len(self._open) > 0]
             begun = time.perf_counter()
-            self._advance(acts)
+            given = self._advance(acts, left)
             counts[0] += time.perf_counter() - begun
-            counts[1] += 1
-            if self._texts.done.all():
-                break
+            counts[1] += given
+            left -= given
         # Steps of fewer rows say little of what those of a whole batch take.
         for key, (seconds, steps) in spent.items() if whole else ():
             governor.end(key, int(steps), seconds)
 
-    def _advance(self, acts: bool) -> None:
-        """One token for every row that goes on."""
+    def _advance(self, acts: bool, most: int) -> int:
+        """One token for every row that goes on, or `most` where one call gives several.
+
+        Args:
+            acts: Whether exits act.
+            most: Tokens of a row at most.
+
+        Returns:
+            How many were given.
+        """
         if self._core is not None:
             if not (acts and self._stops) and not len(self._open):
-                return self._advance_in_core(self._core)
+                outcomes = self._core.run(most=most)
+                for outcome in outcomes:
+                    self._take(self._core, outcome)
+                return len(outcomes)
             self._core.begin_anew()
         if self._rests:
             self._run.rest(self._texts.done)
@@ -145,10 +157,10 @@ class SettleLoop:
             self._say(self._run.best(output)[0][:, 0], output, record)
         else:
             self._choose(self._run.logits(output)[:, 0], record)
+        return 1
 
-    def _advance_in_core(self, core: CoreCycles) -> None:
-        """The same as one call; all go through every layer."""
-        outcome = core.run()
+    def _take(self, core: CoreCycles, outcome: CycleOutcome) -> None:
+        """Take over a step of the core, in which all go through every layer."""
         record = self._full_depth()
         going = self._commit(record)
         core.say(outcome)

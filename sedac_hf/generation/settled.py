@@ -52,7 +52,8 @@ def decode_settled(
     core = None
     if _may_go_all_the_way(session, governor) and not prompt.stores:
         taps = [] if session.cascade is None else [head.layer_idx + 1 for head in parts.heads]
-        core = core_cycles(prompt.run, state, texts, chooser, taps=taps)
+        timed = session.meter is not None
+        core = core_cycles(prompt.run, state, texts, chooser, taps=taps, timed=timed)
     spare_looks(prompt.run, texts, chooser)
     kind = SoftPassLoop if session.is_soft else SettleLoop
     loop = kind(

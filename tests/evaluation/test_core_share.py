@@ -21,9 +21,12 @@ def model() -> SedacForCausalLM:
 
 
 def test_every_mode_has_a_share_of_its_steps(model: SedacForCausalLM) -> None:
-    found = {each.mode: each for each in measure_core_share(model, PROMPT, tokens=24)}
-    assert set(found) == {"plain", "exact", "certified"}
-    assert found["plain"].steps == 24 - 1 - 8
+    shares = measure_core_share(model, PROMPT, tokens=24)
+    found = {(each.mode, each.streamed): each for each in shares}
+    ways = (True, False)
+    assert set(found) == {(m, way) for m in ("plain", "exact", "certified") for way in ways}
+    assert found["plain", True].steps == 24 - 1 - 8
+    assert found["plain", False].steps == 3 * (24 - 8)
     for each in found.values():
         assert 0 < each.outside_ms < each.step_ms
         assert each.outside == each.outside_ms / each.step_ms
@@ -39,9 +42,10 @@ def test_what_the_interpreter_does_counts_as_outside(
         return look(self, **values)
 
     monkeypatch.setattr(NativePass, "look_again", slow)
-    [plain] = measure_core_share(model, PROMPT, ("plain",), tokens=14)
-    assert plain.outside_ms > 10
-    assert plain.step_ms > plain.outside_ms
+    streamed, whole = measure_core_share(model, PROMPT, ("plain",), tokens=32)
+    assert streamed.outside_ms > 10
+    assert streamed.step_ms > streamed.outside_ms
+    assert 1 < whole.outside_ms < streamed.outside_ms, "one call of the core runs several steps"
 
 
 def test_what_does_not_run_on_the_native_pass_is_left_out(

@@ -297,3 +297,17 @@ def test_cycles_of_fewer_rows_teach_no_times() -> None:
     after = governor.to_dict()
     assert after["pass_ms"] == before["pass_ms"]
     assert after["rate_drafting"] == before["rate_drafting"]
+
+
+@pytest.mark.parametrize("right", [0.05, 0.9])
+def test_cycles_that_would_begin_alike_do(right: float) -> None:
+    machine = Machine(flat, level=1.0, right=right)
+    governor, runs = machine.governor(), []
+    for _ in range(300):
+        most = governor.alike(16)
+        begun = [governor.begin().on for _ in range(most)]
+        assert len(set(begun)) == 1
+        runs.append(most)
+        machine.cycle(governor)
+    assert min(runs) == 1
+    assert max(runs) == 16

@@ -44,9 +44,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run(self, hidden, *rest, **values)
 
     def counted_cycle(self: CoreCycles, *rest: Any, **values: Any) -> Any:
-        outcome = cycle(self, *rest, **values)
-        calls.append(outcome.nodes)
-        return outcome
+        outcomes = cycle(self, *rest, **values)
+        calls.extend(outcome.nodes for outcome in outcomes)
+        return outcomes
 
     monkeypatch.setattr(NativePass, "layers", counted)
     monkeypatch.setattr(CoreCycles, "run", counted_cycle)

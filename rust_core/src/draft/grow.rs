@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::cycle::Call;
+use super::call::Call;
 use super::model::Nodes;
 use super::plan::Plan;
 use super::rows::Row;

@@ -1,5 +1,7 @@
 //! Bindings of `draft::cycle`: whole greedy cycles with the interpreter released.
 
+use std::time::Duration;
+
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use pyo3::prelude::*;
 
@@ -8,7 +10,7 @@ use super::draft::{DraftPlan, DraftTree};
 use super::output::OutputHead;
 use super::pass::{KvCache, LayerStack, MatrixArgs, RotationArgs, counts, matrix, rotations};
 use super::spent::Spent;
-use crate::draft::cycle::{GreedyCycle as Cycle, HeadSetting};
+use crate::draft::cycle::{GreedyCycle as Cycle, HeadSetting, Limit};
 use crate::draft::model::{HeadPart, Model, Part};
 use crate::draft::rows::{Ends, Outcome, Start};
 use crate::error::{CoreError, Result, check_length};
@@ -137,8 +139,8 @@ impl GreedyCycle {
         Ok(Self(Cycle::new(starts, Ends { tokens: ends, least }, setting.transpose()?, taps)))
     }
 
-    /// One cycle of the rows that have not ended.
-    #[pyo3(signature = (layers, cache, output, embedding, tables, threads, plan = None, asks = false, head = None))]
+    /// Cycles of the rows that have not ended.
+    #[pyo3(signature = (layers, cache, output, embedding, tables, threads, plan = None, asks = false, head = None, most = 1, seconds = 0.0))]
     #[allow(clippy::too_many_arguments, clippy::needless_pass_by_value)]
     fn run(
         &mut self,
@@ -152,8 +154,13 @@ impl GreedyCycle {
         plan: Option<&Bound<'_, DraftPlan>>,
         asks: bool,
         head: Option<HeadOf<'_>>,
-    ) -> PyResult<CycleOutcome> {
+        most: usize,
+        seconds: f64,
+    ) -> PyResult<Vec<CycleOutcome>> {
         let spent = Spent::begin();
+        let time = Duration::try_from_secs_f64(seconds)
+            .map_err(|_| CoreError::value("seconds", "a time", seconds))?;
+        let limit = Limit { cycles: most, time };
         let tables = rotations(&tables)?;
         let (output, embedding) = (&output.get().0, &embedding.get().0);
         let model = Model { embedding, output, tables: &tables, threads };
@@ -165,9 +172,9 @@ impl GreedyCycle {
             HeadPart { part, output: &output.get().0 }
         });
         let (own, plan) = (&mut self.0, plan.map(|plan| &plan.get().0));
-        let outcome = py.detach(|| own.run(model, base, head, plan, asks))?;
+        let outcomes = py.detach(|| own.run(model, base, head, plan, asks, limit))?;
         drop(spent);
-        CycleOutcome::new(py, outcome)
+        outcomes.into_iter().map(|outcome| CycleOutcome::new(py, outcome)).collect()
     }
 
     fn __repr__(&self) -> String {

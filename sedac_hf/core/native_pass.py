@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sedac_hf.core.native_cache import append_slots, check_layer, load_layer
+from sedac_hf.core.native_cache import PassKv, check_layer
 from sedac_hf.core.native_model import NativeModel, threads
 from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
@@ -88,8 +88,7 @@ class NativePass:
         self._shell = model.shell
         self._heads = model.exit_heads
         self._draft = draft
-        self._caches: list[_core.KvCache | None] = []
-        self._loaded = np.zeros(0, np.int64)
+        self._kv = PassKv(model.shell, [head.cache_layers for head in model.exit_heads])
         self._going: IntArray | None = None  # rows that are still run; None for all
         self._narrow = narrow
         self._every, self._unseen = 1, 0
@@ -103,7 +102,7 @@ class NativePass:
     @property
     def nbytes(self) -> int:
         """Bytes that its K/V take."""
-        return sum(cache.nbytes for cache in self._caches if cache is not None)
+        return self._kv.nbytes
 
     def begin(self, rows: int) -> None:
         """Start with empty rows.
@@ -112,9 +111,7 @@ class NativePass:
             rows: How many.
         """
         parts = self._parts
-        stacks = [parts.base, *parts.heads]
-        self._caches = [None if stack is None else stack.cache(rows) for stack in stacks]
-        self._loaded = np.zeros(rows, np.int64)
+        self._kv.begin([parts.base, *parts.heads], rows)
         self._going = None
 
     def rest(self, done: Mask) -> None:
@@ -142,32 +139,16 @@ class NativePass:
         keys = getattr(cache.layers[0], "keys", None) if cache.layers else None
         if rows is not None and length == 0:
             self.begin(rows)
-            return self._loaded.copy()
+            return self._kv.loaded.copy()
         if length == 0 or keys is None:
             raise NotNativeError("the cache is empty; run the prompt through the base first")
         self.begin(int(keys.shape[0]))
-        for part, first, count in self._cache_layers():
-            own = self.cache(part)
-            for i in range(count):
-                if first + i < len(cache.layers):
-                    load_layer(own, i, cache.layers[first + i], length, self._shell.base.dtype)
-        self._loaded[:] = length
-        return self._loaded.copy()
+        self._kv.load(cache, length)
+        return self._kv.loaded.copy()
 
     def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """See `RowPass.store`."""
-        start = int(self._loaded[0])
-        if int(length.max()) <= start:
-            return
-        dtype = self._shell.base.dtype
-        for part, first, count in self._cache_layers():
-            if part != BASE and not heads:
-                continue
-            for i in range(count):
-                # An empty cache makes its layers as they come; exit heads' are there or not wanted.
-                if part == BASE or first + i < len(cache.layers):
-                    append_slots(self.cache(part), i, cache, first + i, start, length, dtype)
-        self._loaded[:] = int(length.max())
+        self._kv.store(cache, length, heads=heads)
 
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
         """See `RowPass.embed`; positions play no part in bases that run natively."""
@@ -273,7 +254,7 @@ class NativePass:
         """What an output layer makes of the rows that go on; zeros for the others."""
         going = self._going
         # States of some rows only, as a caller may pick them, are taken as they are.
-        if going is None or len(hidden) != len(self._loaded):
+        if going is None or len(hidden) != len(self._kv.loaded):
             found = give(_flat(hidden))
             shaped = (part.reshape(*hidden.shape[:-1], *part.shape[1:]) for part in found)
             return cast(Arrays, tuple(shaped))
@@ -292,10 +273,9 @@ class NativePass:
 
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
-        if part != BASE and self._caches[part + 1] is None:
-            return
-        whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
-        self.cache(part).keep(*whole)
+        if part == BASE or self._kv.find(part) is not None:
+            whole = [np.ascontiguousarray(array, np.int64) for array in (length, path, counts)]
+            self.cache(part).keep(*whole)
 
     def look_rarely(self) -> None:
         """From now on look at the weights in every sixteenth step only.
@@ -382,20 +362,10 @@ class NativePass:
 
     def cache(self, part: int) -> _core.KvCache:
         """K/V of a part; it must have rows."""
-        cache = self._caches[part + 1] if part + 1 < len(self._caches) else None
+        cache = self._kv.find(part)
         if cache is None:
             raise NotNativeError("the pass has no rows yet: call load or begin first")
         return cache
-
-    def _cache_layers(self) -> list[tuple[int, int, int]]:
-        """Parts with K/V of their own, where they begin in a transformers cache, and how many."""
-        found = [(BASE, 0, self._shell.num_layers)]
-        first = self._shell.num_layers
-        for k, head in enumerate(self._heads):
-            if self._caches[k + 1] is not None:
-                found.append((k, first, head.cache_layers))
-            first += head.cache_layers
-        return found
 
 
 def _flat(hidden: Tensor) -> FloatArray:

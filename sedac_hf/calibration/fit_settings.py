@@ -9,8 +9,9 @@ from sedac_hf.calibration.fusion_training import ModalityReport
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.calibration.probe_training import GateReport
 from sedac_hf.config import CheckpointSpec
+from sedac_hf.errors import CalibrationError
 
-__all__ = ["FitReport", "FitSettings"]
+__all__ = ["FitReport", "FitSettings", "default_checkpoints"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,26 @@ class FitReport:
         heads = [HeadReport.from_dict(head) for head in values["heads"]]
         gates = [GateReport(**gate) for gate in values["gates"]]
         return cls(**{**values, "heads": heads, "gates": gates})
+
+
+def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
+    """Two block heads with deep feedback: on the embedding, and after a sixth of the layers.
+
+    Deep feedback is worth more than depth: given the previous token's final state, a shallow block
+    does what one many layers deeper does without it, and what is skipped is nearly everything.
+
+    Args:
+        num_layers: Decoder layers of the base.
+
+    Returns:
+        The checkpoints.
+
+    Raises:
+        CalibrationError: If the base has fewer than two layers.
+    """
+    if num_layers < 2:
+        raise CalibrationError(
+            f"the base has {num_layers} layer: there is nothing to skip, so no exits can be fitted"
+        )
+    second = min(max(round(num_layers / 6) - 1, 0), num_layers - 2)
+    return [CheckpointSpec(layer_idx=place, feedback=True) for place in (-1, second)]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +25,7 @@ from sedac_hf.calibration.cost_measurement import measure_costs
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, encode_texts, read_documents
 from sedac_hf.calibration.drift import RiskHistograms
-from sedac_hf.calibration.fit_settings import FitReport, FitSettings
+from sedac_hf.calibration.fit_settings import FitReport, FitSettings, default_checkpoints
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.gate_choice import choose_gates
 from sedac_hf.calibration.head_schedule import HeadSchedule, head_learning_rate
@@ -35,7 +37,6 @@ from sedac_hf.calibration.probe_training import fit_probes
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.calibration.texts import write_texts
 from sedac_hf.calibration.workspace import Workspace
-from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.channel_order import measure_order
 from sedac_hf.core.exit_heads import build_exit_head
@@ -250,6 +251,18 @@ class FitRun:
         self._stage("search")
         return model
 
+    @contextmanager
+    def threads_of_all(self) -> Iterator[None]:
+        """Inside the block the main process has the threads of those that wait beside it."""
+        own = torch.get_num_threads()
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        try:
+            if self.base.device.type == "cpu":
+                torch.set_num_threads(max(own, min(own * beside, os.cpu_count() or 1)))
+            yield
+        finally:
+            torch.set_num_threads(own)
+
     def taken_over(self, output: Path) -> tuple[SedacForCausalLM, FitReport]:
         """What the main process made, once it has; the others have nothing to add behind heads.
 
@@ -311,29 +324,6 @@ class FitRun:
         if self.process.is_main_process:
             self.report.seconds = self.workspace.add_seconds(name, now - self._clock)
         self._clock = now
-
-
-def default_checkpoints(num_layers: int) -> list[CheckpointSpec]:
-    """Two block heads with deep feedback: on the embedding, and after a sixth of the layers.
-
-    Deep feedback is worth more than depth: given the previous token's final state, a shallow block
-    does what one many layers deeper does without it, and what is skipped is nearly everything.
-
-    Args:
-        num_layers: Decoder layers of the base.
-
-    Returns:
-        The checkpoints.
-
-    Raises:
-        CalibrationError: If the base has fewer than two layers.
-    """
-    if num_layers < 2:
-        raise CalibrationError(
-            f"the base has {num_layers} layer: there is nothing to skip, so no exits can be fitted"
-        )
-    second = min(max(round(num_layers / 6) - 1, 0), num_layers - 2)
-    return [CheckpointSpec(layer_idx=place, feedback=True) for place in (-1, second)]
 
 
 def _prompts(documents: Sequence[Document]) -> list[list[int]]:

@@ -66,8 +66,9 @@ def fit(
     heads = run.heads(states, splits)
     if not run.process.is_main_process:
         return run.taken_over(output)
-    model = run.thresholds(states, splits, heads)
-    certificate = run.certificate(model, splits, target)
+    with run.threads_of_all():
+        model = run.thresholds(states, splits, heads)
+        certificate = run.certificate(model, splits, target)
     # Whatever was certified, drafting changes no token.
     model.config.mode = "exact"
     model.save_pretrained(

@@ -187,6 +187,8 @@ class ExactLoop:
         """Tell the governor, the figures and the meter how it went."""
         self._governor.end(cycle, done.trees, done.paths)
         self.stats.add_pass(cycle.nodes, len(cycle.levels), cycle.rows, cycle.tokens)
+        if cycle.nodes == 1 and self._meter is None:
+            return  # bare roots
         drafts, sources = 0, []
         for tree, path in zip(done.trees, done.paths, strict=True):
             all_origins = tree.origins

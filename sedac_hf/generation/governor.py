@@ -296,6 +296,8 @@ class Governor:
         if cycle.is_whole:
             self._time(cycle)
         self._tried += cycle.on
+        if cycle.nodes == 1 and not cycle.drafted:
+            return  # bare roots
         for tree, path in zip(trees, paths, strict=True):
             self._learn(tree, set(path), cycle.drafted)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sedac_hf.calibration.fit_settings import FitSettings
+from sedac_hf.calibration.fit_stages import FitRun
 from sedac_hf.calibration.fitting import fit
 from sedac_hf.config import CheckpointSpec
 from tests.micro_model import MicroLanguage
@@ -31,11 +33,21 @@ def main(output: Path) -> None:
         checkpoints=(CheckpointSpec(0), CheckpointSpec(1)), budget_seconds=120, epochs=0.5,
         text_tokens=24_000, draft_words=40, probe_rank=4,
     )  # fmt: skip
+    threads = {}
+    for stage in ("heads", "thresholds", "certificate"):
+        run = getattr(FitRun, stage)
+
+        def noted(self: FitRun, *args: Any, stage: str = stage, run: Any = run) -> Any:
+            threads[stage] = torch.get_num_threads()
+            return run(self, *args)
+
+        setattr(FitRun, stage, noted)
     _, report = fit(
         base, tokenizer=language.tokenizer(), output_dir=output, settings=settings, progress=False
     )
     rank = PartialState().process_index
-    output.with_name(f"report-{rank}.json").write_text(json.dumps(report.to_dict()["heads"]))
+    found = {"heads": report.to_dict()["heads"], "threads": threads}
+    output.with_name(f"report-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sedac_hf.calibration.fit_settings import FitReport, FitSettings
-from sedac_hf.calibration.fit_stages import default_checkpoints
+from sedac_hf.calibration.fit_settings import FitReport, FitSettings, default_checkpoints
 from sedac_hf.calibration.fitting import fit
 from sedac_hf.calibration.pareto import Policy
 from sedac_hf.config import CheckpointSpec

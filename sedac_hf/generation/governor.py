@@ -296,10 +296,9 @@ class Governor:
         if cycle.is_whole:
             self._time(cycle)
         self._tried += cycle.on
-        if cycle.nodes == 1 and not cycle.drafted:
-            return  # bare roots
         for tree, path in zip(trees, paths, strict=True):
-            self._learn(tree, set(path), cycle.drafted)
+            if cycle.drafted or len(tree) > 1:
+                self._learn(tree, set(path), cycle.drafted)
 
     def _time(self, cycle: Cycle) -> None:
         """What the cycle took, and what it brought."""

@@ -99,6 +99,7 @@ class FittedGate:
 
     Attributes:
         weights: Its weights; the network is there for the gated kind alone.
+        offered: The weights of all evidence, whether it pays or not.
         reports: What each modality adds.
         share: Share of tokens that may leave at the budget: of the base modality alone, static and
             gated.
@@ -106,6 +107,7 @@ class FittedGate:
     """
 
     weights: GateWeights
+    offered: GateWeights
     reports: list[ModalityReport]
     share: dict[str, float]
     auroc: dict[str, float]
@@ -144,6 +146,7 @@ def fit_gate(
     """
     names = [name for name in MODALITIES if name in seen.risks]
     scales = _scales(seen)
+    every = static_weights(seen, names, base)
     dropped: dict[str, ModalityReport] = {}
     while True:
         whole = _judged(static_weights(seen, names, base), fresh, scales, budget)
@@ -184,7 +187,11 @@ def fit_gate(
             )
         )  # fmt: skip
     thresholds = np.array([scales.get(name, 1.0) for name in MODALITIES], np.float32)
-    return FittedGate(GateWeights(thresholds, static, network), found, share, area)
+    weights = offered = GateWeights(thresholds, static, network)
+    if (every > 0).sum() > 1 and not np.array_equal(every, static):
+        network = train_network(seen, every, scales, seed=seed)
+        offered = GateWeights(thresholds, every, network)
+    return FittedGate(weights, offered, found, share, area)
 
 
 def static_weights(seen: Evidence, names: Sequence[str], base: str) -> FloatArray:

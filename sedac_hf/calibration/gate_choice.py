@@ -106,6 +106,7 @@ def choose_gates(
         Material(
             traces, fresh.facts, prices, table,
             entropy_price(fitted.probes, shell.vocabulary_size, costs),
+            fusion_pays=fusion.pays,
         ),
         epsilon=epsilon,
         seed=seed,

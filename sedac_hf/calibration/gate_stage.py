@@ -61,7 +61,9 @@ class FittedFusion:
     """Fusion of all checkpoints and how it was chosen.
 
     Attributes:
-        fusion: Weights of each checkpoint; None where no modality beside the usual ones pays.
+        fusion: Weights of each checkpoint; None where no modality beside the usual ones earns any.
+        pays: Whether a modality in it is worth its time; if none is, the weights are those of all
+            evidence, for whoever wants to see what it would do.
         gates: How the fused gates compare with those alone.
         modalities: What each modality adds, and what it costs.
         extra: What fusing costs per token that is asked at each checkpoint, as a fraction of a full
@@ -69,6 +71,7 @@ class FittedFusion:
     """
 
     fusion: tuple[CheckpointFusion, ...] | None
+    pays: bool
     gates: list[GateReport]
     modalities: list[ModalityReport]
     extra: dict[str, list[float]]
@@ -104,10 +107,11 @@ def fit_fusion(
         The fusion.
     """
     budget = float(np.log1p(epsilon))
-    found: list[CheckpointFusion] = []
+    kept: list[CheckpointFusion] = []
+    offered: list[CheckpointFusion] = []
+    prices: list[_Prices] = []
     gates: list[GateReport] = []
     modalities: list[ModalityReport] = []
-    extra: dict[str, list[float]] = {"static": [], "gated": []}
     for k, head in enumerate(heads):
         probe = LREProbe(*_sizes(probes, k))
         probe.load_state_dict({n: v.cpu() for n, v in probes.probes[k].state_dict().items()})
@@ -120,7 +124,10 @@ def fit_fusion(
             price = replace(price, attention=attention[k])
         saved = max(costs.checkpoints[k].saved - costs.checkpoints[k].attempt, 0.0)
         fitted = _fit_checkpoint(head.layer_idx, evidence, budget, saved, price, seed)
-        found.append(CheckpointFusion(fitted["risk"].weights, fitted["sureness"].weights))
+        risk, sureness = fitted["risk"], fitted["sureness"]
+        kept.append(CheckpointFusion(risk.weights, sureness.weights))
+        offered.append(CheckpointFusion(risk.offered, sureness.offered))
+        prices.append(price)
         for name, gate in fitted.items():
             modalities += gate.reports
             end = " risk" if name == "risk" else ""
@@ -129,10 +136,18 @@ def fit_fusion(
                 for kind, share in gate.share.items()
                 if kind != "base"
             ]
-        for kind in extra:
-            extra[kind].append(price.of(found[-1], kind))
-    plain = all(f.risk.kept == ("entropy",) and f.sureness.kept == ("perplexity",) for f in found)
-    return FittedFusion(None if plain else tuple(found), gates, modalities, extra)
+    pays = not _is_plain(kept)
+    found = tuple(kept if pays else offered)
+    extra = {
+        kind: [price.of(each, kind) for price, each in zip(prices, found, strict=True)]
+        for kind in ("static", "gated")
+    }
+    return FittedFusion(None if _is_plain(found) else found, pays, gates, modalities, extra)
+
+
+def _is_plain(found: Sequence[CheckpointFusion]) -> bool:
+    """Whether all gates go by what they would go by without fusion."""
+    return all(f.risk.kept == ("entropy",) and f.sureness.kept == ("perplexity",) for f in found)
 
 
 def _fit_checkpoint(

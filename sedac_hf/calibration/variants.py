@@ -94,6 +94,7 @@ class Material:
         token_classes: Class of every token, or None.
         entropy_price: What the entropy of a token of full depth costs, which an adaptive decay
             follows, as a fraction of a full pass.
+        fusion_pays: Whether fusion may be chosen, or is only shown beside the rest.
     """
 
     traces: Mapping[str, Traces]
@@ -101,6 +102,7 @@ class Material:
     costs: Mapping[str, CostModel]
     token_classes: npt.NDArray[np.uint8] | None
     entropy_price: float = 0.0
+    fusion_pays: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def search_variants(
     for kind, name in (("static", "fused"), ("gated", "gated")):
         if kind in material.traces:
             take(Variant(name, fusion=kind))
-            best = _better(variants[name], best, judged)
+            if material.fusion_pays:
+                best = _better(variants[name], best, judged)
     core = best
     decay = _decay_for(material.facts)
     with_decay = replace(core, name=f"{core.name}, decay on", adaptive_decay=decay)

@@ -75,6 +75,7 @@ def test_a_modality_that_counts_is_kept_and_a_useless_one_is_dropped():
     assert kept["entropy"]
     assert not kept["consistency"]
     assert only(gate.weights.weights, "entropy", "perplexity")
+    assert gate.offered.kept[:2] == gate.weights.kept
     assert gate.share["static"] > gate.share["base"]
     assert gate.auroc["static"] > gate.auroc["base"]
 
@@ -86,6 +87,11 @@ def test_a_modality_that_costs_more_than_it_saves_is_dropped():
     dear = fitted({"entropy": 0.6, "perplexity": 0.4}, FREE | {"entropy": gain.worth * 1.01})
     assert only(dear.weights.weights, "perplexity")
     assert dear.weights.network is None
+    assert only(dear.offered.weights, "entropy", "perplexity"), (
+        "what it would be is told all the same"
+    )
+    assert dear.offered.network is not None
+    assert np.array_equal(cheap.offered.weights, dear.offered.weights)
     assert not {r.modality: r.kept for r in dear.reports}["entropy"]
 
 

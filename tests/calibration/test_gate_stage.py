@@ -132,10 +132,11 @@ def test_attention_that_tells_exits_apart_is_kept_if_it_pays(
         assert report.auroc_gain > 0 or report.gate == "sureness"
     if price:
         assert not any(r.kept for r in about)
-        assert found.fusion is None or not any(
-            "attention" in gate.kept for f in found.fusion for gate in (f.risk, f.sureness)
-        )
+        gates = [gate for f in found.fusion for gate in (f.risk, f.sureness)]
+        assert found.pays != any("attention" in gate.kept for gate in gates)
+        assert found.pays or min(found.extra["gated"][1:]) >= price, "all is shown at its price"
     else:
+        assert found.pays
         assert any(r.kept for r in about)
         assert "attention" not in found.fusion[0].risk.kept
         assert any("attention" in f.risk.kept for f in found.fusion[1:])

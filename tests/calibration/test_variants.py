@@ -84,6 +84,11 @@ def test_a_sharper_risk_is_chosen_unless_it_costs_what_it_saves():
         replace(good, costs={"none": costs, "static": dear}), epsilon=0.01, candidates=200
     )
     assert found.chosen.fusion == "none"
+    shown = search_variants(replace(good, fusion_pays=False), epsilon=0.01, candidates=200)
+    assert shown.chosen.name == "entropy alone"
+    assert shown.fronts["fused"]
+    assert shown.variants["fused"].fusion == "static"
+    assert not any(each.fusion == "static" for n, each in shown.variants.items() if n != "fused")
 
 
 def test_routing_pays_where_classes_differ():

@@ -104,19 +104,18 @@ def _compare(mode: str, streamed: bool, steps: FloatArray) -> list[CoreShare]:
 
 
 def _calls(write: Callable[[int], ExitStats], tokens: int) -> FloatArray:
-    """Seconds of a step, and inside the core, in calls of full length beyond short ones."""
-    found = []
-    for _ in range(_CALLS):
-        ends = []
-        for most in (_WARM_UP, tokens):
+    """Seconds of a step, and inside the core, in the quickest long call beyond a short one."""
+    ends = []
+    for most in (_WARM_UP, tokens):
+        calls = []
+        for _ in range(_CALLS):
             begun = np.array([time.perf_counter(), _core.pass_seconds()])
             stats = write(most)
             spent = np.array([time.perf_counter(), _core.pass_seconds()]) - begun
-            ends.append((stats.drafts.passes or most, spent))
-        (few, short), (many, long) = ends
-        if many > few:
-            found += [(long - short) / (many - few)] * (many - few)
-    return np.array(found).reshape(-1, 2)
+            calls.append((float(spent[0]), stats.drafts.passes or most, spent))
+        ends.append(min(calls, key=lambda call: call[0]))
+    (_, few, short), (_, many, long) = ends
+    return np.tile((long - short) / max(many - few, 1), (max(many - few, 0), 1))
 
 
 class _Marks(BaseStreamer):

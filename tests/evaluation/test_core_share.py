@@ -26,9 +26,11 @@ def test_every_mode_has_a_share_of_its_steps(model: SedacForCausalLM) -> None:
     ways = (True, False)
     assert set(found) == {(m, way) for m in ("plain", "exact", "certified") for way in ways}
     assert found["plain", True].steps == 24 - 1 - 8
-    assert found["plain", False].steps == 3 * (24 - 8)
+    assert found["plain", False].steps == 24 - 8
     for each in found.values():
-        assert 0 < each.outside_ms < each.step_ms
+        # A difference of whole calls may be lost in what else the machine does.
+        assert each.outside_ms > 0 or not each.streamed
+        assert each.outside_ms < each.step_ms
         assert each.outside == each.outside_ms / each.step_ms
 
 

@@ -134,7 +134,7 @@ class ExactLoop:
         """Cycles that go alike as one call."""
         texts, governor, started = self._texts, self._governor, self._clock()
         is_whole = not texts.done.any()
-        alike = governor.alike(core.most) if core.most > 1 else 1
+        alike = governor.alike(core.most)
         first = governor.begin()
         outcomes = core.run(governor.plan(), asks=first.on, most=alike)
         # The others were begun by what was known then, too: none has been learned from yet.

@@ -148,7 +148,7 @@ pub struct RowOutcome {
 }
 
 /// How a cycle went.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Outcome {
     /// Rows that took part.
     pub rows: Vec<RowOutcome>,

@@ -12,6 +12,9 @@ from sedac_hf.calibration.documents import Document, split_documents
 from sedac_hf.errors import CalibrationError
 
 _HELD_OUT = 0.06  # share of documents on which the deployed policy is looked at once more
+# More documents than these would sharpen a choice or a bound by less than what they cost in time;
+# of a large draw the rest goes to heads, which gain from all of it.
+_MOST_CHOSEN_ON, _MOST_CERTIFIED, _MOST_HELD_OUT = 400, 480, 150
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,13 @@ def split_for_fit(documents: list[Document], seed: int, more: Sequence[Document]
     Raises:
         CalibrationError: If a split would be empty.
     """
-    certify_share = min(max(0.2, 240 / len(documents)), 0.4)
-    rest = 1.0 - certify_share - _HELD_OUT
-    shares = [0.76 * rest, 0.12 * rest, 0.12 * rest, certify_share]
-    parts = split_documents(documents, [*shares, 1.0 - sum(shares)], seed=seed)
+    count = len(documents)
+    certify = min(max(0.2, 240 / count), 0.4)
+    chosen_on = min(0.12 * (1.0 - certify - _HELD_OUT), _MOST_CHOSEN_ON / count)
+    certify = min(certify, _MOST_CERTIFIED / count)
+    held_out = min(_HELD_OUT, _MOST_HELD_OUT / count)
+    shares = [chosen_on, chosen_on, certify, held_out]
+    parts = split_documents(documents, [1.0 - sum(shares), *shares], seed=seed)
     ordered = [document for part in parts for document in part]
     edges = np.cumsum([0, *(len(part) for part in parts)]).tolist()
     spans = [list(range(a, b)) for a, b in pairwise(edges)]

@@ -36,6 +36,7 @@ from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import fit_probes
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.calibration.texts import write_texts
+from sedac_hf.calibration.work_sizes import WorkSizes
 from sedac_hf.calibration.workspace import Workspace
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.channel_order import measure_order
@@ -81,6 +82,7 @@ class FitRun:
         # Processes wait for the slowest head: hours, not the ten minutes a group allows by default.
         self.process = PartialState(cpu=base.device.type == "cpu", timeout=timedelta(days=2))
         self.progress = progress and self.process.is_main_process
+        self.sizes = WorkSizes.of(base)
         self.shell = BaseShell(base)
         self.specs = tuple(settings.checkpoints or default_checkpoints(self.shell.num_layers))
         for spec in self.specs:
@@ -113,6 +115,7 @@ class FitRun:
                 self.workspace.texts_path(rank),
                 tokens=self.settings.text_tokens // ranks,
                 seed=self.settings.seed * ranks + rank,
+                rows=self.sizes.rows,
                 deadline=self.deadline(_TEXTS_UNTIL),
                 progress=self.progress,
             )
@@ -143,10 +146,16 @@ class FitRun:
         documents = splits.documents[: splits.certify[0]]
         directory = self.workspace.directory / "states"
         with self.process.main_process_first():
-            states = BaseStates(directory, documents, layers, width)
+            states = BaseStates(
+                directory, documents, layers, width, cache_bytes=self.sizes.cache_bytes
+            )
+        # Heads that are there already need no states of the texts that heads are trained on.
+        trained = all(self.workspace.has_head(spec) for spec in self.specs)
         states.record(
             self.shell,
             part=(self.process.process_index, self.process.num_processes),
+            rows=[*splits.probe, *splits.search] if trained else None,
+            batch_tokens=self.sizes.record_tokens,
             progress=self.progress,
         )
         self.process.wait_for_everyone()
@@ -169,11 +178,12 @@ class FitRun:
         )
         mine = heads[self.process.process_index :: self.process.num_processes]
         for place, head in enumerate(mine):
-            if self.workspace.has_head(head):
+            if self.workspace.has_head(head.spec):
                 continue
             left = self.deadline(_HEADS_UNTIL) - time.monotonic()
             schedule = HeadSchedule(
                 seconds=max(left / (len(mine) - place), 10.0),
+                batch_tokens=self.sizes.step_tokens,
                 epochs=self.settings.epochs,
                 learning_rate=rate,
                 seed=self.settings.seed,

@@ -20,6 +20,7 @@ from sedac_hf.calibration.states import (
     iter_logits,
     template_call,
 )
+from sedac_hf.calibration.work_sizes import fast_products
 from sedac_hf.core.exit_heads import ExitBlock
 from sedac_hf.errors import CalibrationError
 
@@ -146,11 +147,12 @@ def train_head(
         for group in optimiser.param_groups:
             group["lr"] = schedule.learning_rate * group["faster"] * _pace(done)
         batch = states.batch(chosen, head.layer_idx, shell.base.device)
-        exited = exit_states(head, shell, batch, mixed=True)
         real = batch.mask.bool()
-        loss = sampler.loss(exited[real], batch.top_ids[real], batch.top_probabilities[real])
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with fast_products(shell.base.device):
+            exited = exit_states(head, shell, batch, mixed=True)
+            loss = sampler.loss(exited[real], batch.top_ids[real], batch.top_probabilities[real])
+            loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.feature_cache import FeatureCache
+from sedac_hf.calibration.work_sizes import WorkSizes, most_logits
 from sedac_hf.core.attention_spread import Spread, spread_reason
 from sedac_hf.errors import CalibrationError
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TOP = 24  # teacher words kept per token
-_LOGIT_FLOATS = 32_000_000  # most logits held at once: 128 MB in float32
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,8 @@ class BaseStates:
         shell: BaseShell,
         *,
         part: tuple[int, int] = (0, 1),
-        batch_tokens: int = 4096,
+        rows: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
         progress: bool = True,
     ) -> None:
         """Run the base over every document that is not on disk yet.
@@ -133,12 +135,15 @@ class BaseStates:
         Args:
             shell: Shell of the base.
             part: This process's number and the number of processes that share the work.
-            batch_tokens: Most tokens of one forward, padding included.
+            rows: Documents that are needed; None means all of them.
+            batch_tokens: Most tokens of one forward, padding included; None picks it from the
+                device.
             progress: Show a progress bar.
         """
-        mine = self._order()[part[0] :: part[1]]
-        marker = self.directory / f"done-{part[0]}-{part[1]}"
-        done = int(marker.read_text()) if marker.exists() else 0
+        batch_tokens = batch_tokens or WorkSizes.of(shell.base).record_tokens
+        mine = self._order(rows)[part[0] :: part[1]]
+        marker = self.directory / f"done-{part[0]}-{part[1]}{_name_of(rows)}"
+        done = len(mine) if self._is_whole() else _count_in(marker)
         sizes = [len(self.documents[i]) for i in mine]
         observed = self._observable(shell) if done < len(mine) else frozenset()
         bar = tqdm(
@@ -281,9 +286,18 @@ class BaseStates:
         for array in (*self._states.values(), *self._spreads.values(), *arrays):
             array.flush()
 
-    def _order(self) -> list[int]:
+    def _order(self, rows: Sequence[int] | None) -> list[int]:
         """Longest first: padding is least, and a memory problem shows at once."""
-        return sorted(range(len(self.documents)), key=lambda i: (-len(self.documents[i]), i))
+        wanted = range(len(self.documents)) if rows is None else rows
+        return sorted(wanted, key=lambda i: (-len(self.documents[i]), i))
+
+    def _is_whole(self) -> bool:
+        """Whether every document has been recorded, by however many processes."""
+        counts: dict[str, int] = {}
+        for marker in self.directory.glob("done-*"):
+            _, _, processes = marker.name.partition("-")[2].partition("-")
+            counts[processes] = counts.get(processes, 0) + _count_in(marker)
+        return any(count == len(self.documents) for name, count in counts.items() if name.isdigit())
 
     def _read_key(self) -> object:
         path = self.directory / "key.json"
@@ -300,7 +314,8 @@ def iter_logits(shell: BaseShell, final: Tensor) -> Iterator[tuple[slice, Tensor
     Yields:
         Which tokens, and their logits ``[some, vocabulary]``.
     """
-    step = max(1, _LOGIT_FLOATS // int(shell.base.config.get_text_config().vocab_size))
+    most = most_logits(shell.base.device)
+    step = max(1, most // int(shell.base.config.get_text_config().vocab_size))
     final = final.to(shell.base.device, shell.base.dtype)
     for start in range(0, len(final), step):
         part = slice(start, min(start + step, len(final)))
@@ -326,6 +341,15 @@ def template_call(shell: BaseShell, batch: DocumentBatch, layer: int) -> LayerCa
             use_cache=False,
         )
     return calls[layer]
+
+
+def _count_in(marker: Path) -> int:
+    return int(marker.read_text()) if marker.exists() else 0
+
+
+def _name_of(rows: Sequence[int] | None) -> str:
+    """What tells a part of the documents from others in the name of its marker."""
+    return "" if rows is None else f"-{zlib.crc32(np.sort(rows).astype(np.int64).tobytes()):08x}"
 
 
 def _to_bits(states: Tensor) -> npt.NDArray[np.int16]:

@@ -19,6 +19,7 @@ from sedac_hf.errors import CalibrationError
 from sedac_hf.files import write_atomically
 
 if TYPE_CHECKING:
+    from sedac_hf.config import CheckpointSpec
     from sedac_hf.core.exit_heads import ExitHead
 
 
@@ -75,20 +76,20 @@ class Workspace:
         path.write_text(json.dumps(times), encoding="utf-8")
         return times
 
-    def has_head(self, head: ExitHead) -> bool:
-        """Whether a head has been trained."""
-        return self._head_path(head).with_suffix(".json").exists()
+    def has_head(self, spec: CheckpointSpec) -> bool:
+        """Whether the head of a checkpoint has been trained."""
+        return self._head_path(spec).with_suffix(".json").exists()
 
     def load_head(self, head: ExitHead) -> HeadReport:
         """Put a trained head's weights in place."""
-        path = self._head_path(head)
+        path = self._head_path(head.spec)
         head.load_state_dict(load_file(path))
         values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         return HeadReport.from_dict(values)
 
     def save_head(self, head: ExitHead, report: HeadReport) -> None:
         """Keep a trained head."""
-        path = self._head_path(head)
+        path = self._head_path(head.spec)
         save_file({n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}, path)
         path.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
 
@@ -118,6 +119,6 @@ class Workspace:
             path.write_text(json.dumps(make().to_dict()), encoding="utf-8")
         return CostModel.from_dict(json.loads(path.read_text(encoding="utf-8")))
 
-    def _head_path(self, head: ExitHead) -> Path:
-        kind = "feedback" if head.spec.feedback else "plain"
-        return self.directory / f"head-{head.layer_idx}-{kind}.safetensors"
+    def _head_path(self, spec: CheckpointSpec) -> Path:
+        kind = "feedback" if spec.feedback else "plain"
+        return self.directory / f"head-{spec.layer_idx}-{kind}.safetensors"

@@ -70,3 +70,11 @@ def test_fit_keeps_certification_and_held_out_documents_behind_all_others() -> N
     assert len(splits.certify) == 80
     with pytest.raises(CalibrationError, match="too few"):
         split_for_fit(numbered(3), seed=1)
+
+
+def test_most_of_a_large_draw_goes_to_heads() -> None:
+    splits = split_for_fit(numbered(20_000), seed=1)
+    assert len(splits.probe) == len(splits.search) == 400
+    assert len(splits.certify) == 480
+    assert len(splits.held_out) == 150
+    assert len(splits.train) == 20_000 - 2 * 400 - 480 - 150

@@ -176,3 +176,35 @@ def test_batches_from_memory_are_those_from_disk(llama: PreTrainedModel, tmp_pat
             assert expected.states.any()
     assert states._features.hits > 0
     assert disk._features.hits == 0
+
+
+def test_only_what_is_needed_is_recorded(llama: PreTrainedModel, tmp_path: Path) -> None:
+    shell = BaseShell(llama)
+    whole = open_states(llama, tmp_path / "whole")
+    whole.record(shell, progress=False)
+    states = open_states(llama, tmp_path / "some")
+    states.record(shell, rows=[3, 1], progress=False)
+    for i in (1, 3):
+        torch.testing.assert_close(
+            states.batch([i], 0).states, whole.batch([i], 0).states, rtol=1e-2, atol=1e-2
+        )
+    assert not states.batch([0], 0).states.any()
+    states.record(shell, rows=[0], progress=False)  # another part has a count of its own
+    torch.testing.assert_close(
+        states.batch([0], 0).states, whole.batch([0], 0).states, rtol=1e-2, atol=1e-2
+    )
+    states.record(shell, progress=False)
+    torch.testing.assert_close(
+        states.batch([2, 4], 0).states, whole.batch([2, 4], 0).states, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_a_part_of_what_is_all_there_is_not_recorded_again(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = BaseShell(llama)
+    states = open_states(llama, tmp_path)
+    for part in ((0, 2), (1, 2)):
+        states.record(shell, part=part, progress=False)
+    monkeypatch.setattr(shell, "prologue", pytest.fail)
+    states.record(shell, rows=[1, 3], progress=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from sedac_hf.calibration.work_sizes import WorkSizes, fast_products, most_logits

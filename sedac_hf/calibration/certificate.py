@@ -160,6 +160,18 @@ class Certificate:
         """The policy to deploy: the last one shown safe, None when none was."""
         return self.walk[self.accepted - 1].policy if self.accepted else None
 
+    def cost_of(self, rules: CascadeConfig) -> float | None:
+        """What a step by these rules was expected to cost; a plain step costs 1.
+
+        Args:
+            rules: Rules by which tokens leave.
+
+        Returns:
+            None if no policy of the walk has them.
+        """
+        costs = [rung.policy.cost for rung in self.walk if rung.policy.cascade == rules]
+        return costs[0] if costs else None
+
     @property
     def deployed(self) -> Rung | None:
         """The test of the policy to deploy."""

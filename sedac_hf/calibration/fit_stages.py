@@ -12,10 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor
 
 from sedac_hf.calibration.attention_price import attention_prices
 from sedac_hf.calibration.bounds import RiskTarget
@@ -28,9 +26,8 @@ from sedac_hf.calibration.drift import RiskHistograms
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings, default_checkpoints
 from sedac_hf.calibration.fit_splits import Splits
 from sedac_hf.calibration.gate_choice import choose_gates
-from sedac_hf.calibration.head_schedule import HeadSchedule, head_learning_rate
+from sedac_hf.calibration.head_stage import train_heads
 from sedac_hf.calibration.head_storage import choose_storage
-from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import fit_probes
@@ -40,7 +37,6 @@ from sedac_hf.calibration.work_sizes import WorkSizes
 from sedac_hf.calibration.workspace import Workspace
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.channel_order import measure_order
-from sedac_hf.core.exit_heads import build_exit_head
 from sedac_hf.errors import CalibrationError, UnsupportedModelError
 from sedac_hf.fingerprint import fingerprint
 from sedac_hf.modeling import SedacForCausalLM
@@ -52,8 +48,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Shares of the time budget up to the end of each stage; what a stage leaves goes to the next.
-_TEXTS_UNTIL, _HEADS_UNTIL = 0.30, 0.67
+# Share of the time budget up to the end of the stage; what a stage leaves goes to the next.
+_TEXTS_UNTIL = 0.30
 # Steps of the walk. With `propagate` each costs true forwards over all documents; settled exits
 # share one.
 _RUNGS = {"propagate": 4, "settle": 12}
@@ -108,20 +104,11 @@ class FitRun:
             )
             documents = list({d.hash: d for d in given}.values())
         else:
-            rank, ranks = self.process.process_index, self.process.num_processes
-            write_texts(
-                self.base,
-                self.tokenizer,
-                self.workspace.texts_path(rank),
-                tokens=self.settings.text_tokens // ranks,
-                seed=self.settings.seed * ranks + rank,
-                rows=self.sizes.rows,
-                deadline=self.deadline(_TEXTS_UNTIL),
-                progress=self.progress,
-            )
+            # Documents that came later would move others from training into the test.
+            if not self.workspace.texts_are_final:
+                self._write_texts()
             self.process.wait_for_everyone()
-            paths = [self.workspace.texts_path(r) for r in range(ranks)]
-            found = [d for path in paths for d in read_documents(path)]
+            found = [d for path in self.workspace.text_files() for d in read_documents(path)]
             documents = list({d.hash: d for d in found}.values())
         if len(documents) < _MIN_DOCUMENTS:
             raise CalibrationError(
@@ -131,6 +118,20 @@ class FitRun:
         self._stage("texts")
         self.report.written_tokens = sum(map(len, documents)) if texts is None else 0
         return documents
+
+    def _write_texts(self) -> None:
+        """Let the base write this process's share of the documents."""
+        rank, ranks = self.process.process_index, self.process.num_processes
+        write_texts(
+            self.base,
+            self.tokenizer,
+            self.workspace.texts_path(rank),
+            tokens=self.settings.text_tokens // ranks,
+            seed=self.settings.seed * ranks + rank,
+            rows=self.sizes.rows,
+            deadline=self.deadline(_TEXTS_UNTIL),
+            progress=self.progress,
+        )
 
     def states(self, splits: Splits) -> BaseStates:
         """The base's states over every document that heads, probes and search need."""
@@ -150,7 +151,8 @@ class FitRun:
                 directory, documents, layers, width, cache_bytes=self.sizes.cache_bytes
             )
         # Heads that are there already need no states of the texts that heads are trained on.
-        trained = all(self.workspace.has_head(spec) for spec in self.specs)
+        budget = self.settings.budget_seconds
+        trained = all(self.workspace.has_head(spec, budget) for spec in self.specs)
         states.record(
             self.shell,
             part=(self.process.process_index, self.process.num_processes),
@@ -164,39 +166,7 @@ class FitRun:
 
     def heads(self, states: BaseStates, splits: Splits) -> list[ExitHead]:
         """Train the heads, each process its share, and load them all."""
-        vocabulary = int(self.base.config.get_text_config().vocab_size)
-        with self.process.main_process_first():
-            self.draft = self.workspace.draft_vocabulary(
-                lambda: _draft_vocabulary(
-                    states, splits.train, vocabulary, self.settings.draft_words
-                )
-            )
-        heads = [build_exit_head(spec, self.shell).float() for spec in self.specs]
-        heads = [head.to(self.base.device) for head in heads]
-        rate = self.settings.learning_rate or head_learning_rate(
-            int(self.base.config.get_text_config().hidden_size)
-        )
-        mine = heads[self.process.process_index :: self.process.num_processes]
-        for place, head in enumerate(mine):
-            if self.workspace.has_head(head.spec):
-                continue
-            left = self.deadline(_HEADS_UNTIL) - time.monotonic()
-            schedule = HeadSchedule(
-                seconds=max(left / (len(mine) - place), 10.0),
-                batch_tokens=self.sizes.step_tokens,
-                epochs=self.settings.epochs,
-                learning_rate=rate,
-                seed=self.settings.seed,
-            )
-            trained = train_head(
-                head, self.shell, states, splits.train, splits.search, self.draft, schedule,
-                progress=self.progress,
-            )  # fmt: skip
-            self.workspace.save_head(head, trained)
-        self.process.wait_for_everyone()
-        for head in heads:
-            self.report.heads.append(self.workspace.load_head(head))
-            head.requires_grad_(False).eval()
+        heads, self.draft = train_heads(self, states, splits)
         self._stage("heads")
         return heads
 
@@ -340,12 +310,3 @@ def _prompts(documents: Sequence[Document]) -> list[list[int]]:
     """Beginnings of documents to time generation on, longest first."""
     begin = sorted((d.ids[: max(d.prompt_length, 8)].tolist() for d in documents), key=len)
     return begin[::-1]
-
-
-def _draft_vocabulary(
-    states: BaseStates, rows: Sequence[int], vocabulary: int, words: int
-) -> Tensor:
-    """The words to which the base gives most probability on the training texts, sorted by id."""
-    mass = states.token_mass(rows, vocabulary)
-    best = np.argsort(-mass, kind="stable")[: min(words, vocabulary)]
-    return torch.from_numpy(np.sort(best).astype(np.int64))

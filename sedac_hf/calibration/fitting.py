@@ -34,9 +34,10 @@ def fit(
 ) -> tuple[SedacForCausalLM, FitReport]:
     """Fit exits to a frozen base: texts, heads, probes, policy, certificate, card.
 
-    A run that was interrupted goes on where it was when called again with the same arguments. Under
-    `accelerate launch` the processes share the writing and recording of texts and the training of
-    heads; the main one does the rest.
+    A run that was interrupted goes on where it was when called again with the same arguments. With
+    a larger budget, heads are trained further on the same documents, and what follows is done anew.
+    Under `accelerate launch` the processes share the writing and recording of texts and the
+    training of heads; the main one does the rest.
 
     Args:
         base: The base model; it is not changed.

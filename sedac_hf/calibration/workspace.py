@@ -58,6 +58,15 @@ class Workspace:
         """File of the documents that one process writes."""
         return self.directory / f"texts-{rank}.jsonl"
 
+    def text_files(self) -> list[Path]:
+        """Files of all documents that were written, by however many processes."""
+        return sorted(self.directory.glob("texts-*.jsonl"))
+
+    @property
+    def texts_are_final(self) -> bool:
+        """Whether a later stage has begun, which goes by the documents that there are."""
+        return (self.directory / "states" / "key.json").exists()
+
     def given_documents(self, make: Callable[[], list[Document]]) -> list[Document]:
         """Documents made from the user's texts; made once."""
         path = self.directory / "given.jsonl"
@@ -76,22 +85,31 @@ class Workspace:
         path.write_text(json.dumps(times), encoding="utf-8")
         return times
 
-    def has_head(self, spec: CheckpointSpec) -> bool:
-        """Whether the head of a checkpoint has been trained."""
-        return self._head_path(spec).with_suffix(".json").exists()
+    def has_head(self, spec: CheckpointSpec, budget_seconds: float = 0.0) -> bool:
+        """Whether the head of a checkpoint has been trained, under a budget as large as this."""
+        path = self._head_path(spec).with_suffix(".json")
+        if not path.exists():
+            return False
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return bool(values["budget_seconds"] >= budget_seconds)
 
     def load_head(self, head: ExitHead) -> HeadReport:
         """Put a trained head's weights in place."""
         path = self._head_path(head.spec)
         head.load_state_dict(load_file(path))
         values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        del values["budget_seconds"]
         return HeadReport.from_dict(values)
 
-    def save_head(self, head: ExitHead, report: HeadReport) -> None:
-        """Keep a trained head."""
+    def save_head(self, head: ExitHead, report: HeadReport, budget_seconds: float) -> None:
+        """Keep a trained head, and under which budget it was trained."""
         path = self._head_path(head.spec)
-        save_file({n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}, path)
-        path.with_suffix(".json").write_text(json.dumps(asdict(report)), encoding="utf-8")
+        tensors = {n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}
+        partial = path.with_suffix(".partial")
+        save_file(tensors, partial)
+        partial.replace(path)
+        values = asdict(report) | {"budget_seconds": budget_seconds}
+        write_atomically(path.with_suffix(".json"), json.dumps(values))
 
     def save_report(self, report: FitReport) -> None:
         """Keep what a finished run says, for the other processes."""

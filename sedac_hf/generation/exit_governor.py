@@ -50,19 +50,24 @@ def is_governed() -> bool:
 class ExitGovernor:
     """What a step takes with exits and without, at one batch size; lives as long as the model."""
 
-    def __init__(self) -> None:
-        """Begin with nothing known."""
+    def __init__(self, expected: float | None = None) -> None:
+        """Begin with what is expected.
+
+        Args:
+            expected: What a step with exits should take, as a multiple of one without. Exits that
+                should not pay are tried only after a while. None if nobody knows.
+        """
         self._lock = threading.Lock()
         self._seconds = {acts: Tally(0.0, 1e-9, 0.99) for acts in (True, False)}
         self._known = {True: False, False: False}
-        self._left = _TRIAL
+        self._left = _TRIAL if expected is None or expected < 1.0 else 0
         self._blocks = self._acted = self._since = 0
         self._wait = _FIRST_WAIT
 
     @property
     def pays(self) -> bool:
         """Whether a step takes less time with exits, as far as is known."""
-        return self._seconds[True].value < self._seconds[False].value
+        return self._known[True] and self._seconds[True].value < self._seconds[False].value
 
     def begin(self) -> bool:
         """Whether exits act in the next block of steps."""
@@ -129,16 +134,17 @@ class ExitGovernors:
         self._lock = threading.Lock()
         self._known: dict[int, tuple[CascadeConfig, ExitGovernor]] = {}
 
-    def find(self, rows: int, rules: CascadeConfig) -> ExitGovernor:
+    def find(self, rows: int, rules: CascadeConfig, expected: float | None = None) -> ExitGovernor:
         """The governor at a batch size.
 
         Args:
             rows: Rows of the batch.
             rules: The rules by which tokens leave.
+            expected: See `ExitGovernor`; of one row, where exits save most.
         """
         with self._lock:
             known = self._known.get(rows)
             if known is None or known[0] != rules:
-                known = (rules, ExitGovernor())
+                known = (rules, ExitGovernor(expected))
                 self._known[rows] = known
             return known[1]

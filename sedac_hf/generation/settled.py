@@ -48,7 +48,7 @@ def decode_settled(
     state = prompt.state
     texts = RowTexts(call.input_ids, call.criteria, call.config, call.streamer, state.first)
     chooser = TokenChooser(call.own_processors, bool(call.config.do_sample), state.rows)
-    governor = _governor(prompt.choice, session, state.rows)
+    governor = _governor(model, prompt.choice, session, state.rows)
     core = None
     if _may_go_all_the_way(session, governor) and not prompt.stores:
         taps = [] if session.cascade is None else [head.layer_idx + 1 for head in parts.heads]
@@ -78,8 +78,12 @@ def _may_go_all_the_way(session: ExitSession, governor: ExitGovernor | None) -> 
     return governor is not None and not (session.is_soft or session.follows_entropy)
 
 
-def _governor(choice: PassChoice, session: ExitSession, rows: int) -> ExitGovernor | None:
+def _governor(
+    model: Any, choice: PassChoice, session: ExitSession, rows: int
+) -> ExitGovernor | None:
     """Who decides whether exits pay; nobody where online calibration must see every step."""
     if session.cascade is None or session.watch is not None or not is_governed():
         return None
-    return choice.exit_governors.find(rows, session.cascade.config)
+    rules = session.cascade.config
+    expected = None if model.certificate is None else model.certificate.cost_of(rules)
+    return choice.exit_governors.find(rows, rules, expected)

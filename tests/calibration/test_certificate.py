@@ -150,3 +150,10 @@ def test_the_statement_says_what_was_shown_and_under_which_conditions():
     text = certificate(0.01, 0.3).statement()
     for part in ("90%", "at most 1.0%", "150 documents", "bfloat16", "propagate", "0.1 nats", "5%"):
         assert part in text
+
+
+def test_what_a_policy_was_expected_to_cost_is_known_by_its_rules():
+    found = certificate(0.01, 0.02)
+    for step in found.walk:
+        assert found.cost_of(step.policy.cascade) == step.policy.cost
+    assert found.cost_of(policy(0.777).cascade) is None

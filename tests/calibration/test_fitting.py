@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from sedac_hf.calibration.documents import append_documents
 from sedac_hf.calibration.fit_settings import FitReport, FitSettings, default_checkpoints
+from sedac_hf.calibration.fit_splits import split_for_fit
+from sedac_hf.calibration.fit_stages import FitRun
 from sedac_hf.calibration.fitting import fit
+from sedac_hf.calibration.head_schedule import HeadReport
+from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.pareto import Policy
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.ablation import fitted_variants
 from sedac_hf.modeling import SedacForCausalLM
+from tests.micro_exits import micro_documents
 from tests.micro_model import MicroModel
 
 SETTINGS = FitSettings(
@@ -125,7 +134,7 @@ def test_an_interrupted_fit_goes_on_and_ends_the_same(
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a finished head was trained again")
 
-    monkeypatch.setattr("sedac_hf.calibration.fit_stages.train_head", forbidden)
+    monkeypatch.setattr("sedac_hf.calibration.head_stage.train_head", forbidden)
     again, _ = fit(
         micro_model.model,
         micro_texts(micro_model, 450),
@@ -169,3 +178,53 @@ def test_default_checkpoints_are_shallow_and_leave_something_to_skip() -> None:
     assert [spec.layer_idx for spec in default_checkpoints(2)] == [-1, 0]
     with pytest.raises(CalibrationError, match="nothing to skip"):
         default_checkpoints(1)
+
+
+def test_a_larger_budget_trains_heads_further(
+    micro_model: MicroModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(SETTINGS, checkpoints=(CheckpointSpec(1),), epochs=1.0, budget_seconds=300.0)
+    given = {"tokenizer": micro_model.tokenizer, "output_dir": tmp_path / "a", "progress": False}
+    texts = micro_texts(micro_model, 200)
+    _, first = fit(micro_model.model, texts, settings=short, **given)
+    rates = []
+
+    def noted(*values: Any, **named: Any) -> HeadReport:
+        rates.append(values[6].learning_rate)
+        return train_head(*values, **named)
+
+    monkeypatch.setattr("sedac_hf.calibration.head_stage.train_head", noted)
+    _, same = fit(micro_model.model, texts, settings=short, **given)
+    assert (rates, same.heads) == ([], first.heads)
+    _, more = fit(micro_model.model, texts, settings=replace(short, budget_seconds=301.0), **given)
+    assert rates == [0.5 * SETTINGS.learning_rate]
+    assert more.heads[0].tokens > 1.5 * first.heads[0].tokens
+    assert more.heads[0].agreement > first.heads[0].agreement
+    assert more.documents == first.documents
+
+
+def test_no_text_is_added_once_others_have_been_dealt_out(
+    micro_model: MicroModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later document would move others from training into the test."""
+    written = micro_documents(micro_model.language, 60, seed=5)
+
+    def write(base: object, tokenizer: object, path: Path, **values: object) -> None:
+        append_documents(path, written[:40] if not path.exists() else written[40:])
+
+    monkeypatch.setattr("sedac_hf.calibration.fit_stages.write_texts", write)
+
+    def begun() -> FitRun:
+        return FitRun(
+            micro_model.model, micro_model.tokenizer, SETTINGS, tmp_path / "a", True, False,
+            time.monotonic(),
+        )  # fmt: skip
+
+    assert len(begun().documents(None)) == 40
+    run = begun()
+    documents = run.documents(None)
+    assert len(documents) == 60  # the interrupted stage goes on
+    run.states(split_for_fit(documents, 0))
+    # What several processes wrote is there for one.
+    run.workspace.texts_path(0).rename(run.workspace.texts_path(1))
+    assert {d.hash for d in begun().documents(None)} == {d.hash for d in written}

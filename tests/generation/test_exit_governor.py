@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import DynamicCache
 
+from sedac_hf.calibration.pareto import Policy
 from sedac_hf.core.cascade_controller import CascadeConfig, LayerConfig
 from sedac_hf.generation.core_cycles import CoreCycles
 from sedac_hf.generation.exit_governor import (
@@ -17,6 +19,7 @@ from sedac_hf.generation.exit_governor import (
     exits_always_act,
     is_governed,
 )
+from tests.calibration.test_certificate import certificate, rung
 from tests.generation.test_settled import GIVEN, prompts, settled
 from tests.native import step_by_step
 
@@ -31,6 +34,16 @@ def run(governor, blocks, with_exits, without):
         said.append(acts)
         governor.end(acts, BLOCK, BLOCK * (with_exits if acts else without))
     return said
+
+
+def test_exits_that_should_not_pay_are_tried_later(monkeypatch):
+    said = run(ExitGovernor(1.13), 2000, with_exits=1.2, without=1.0)
+    assert not any(said[:31])
+    assert any(said)
+    assert sum(said) < 0.02 * len(said)
+    pays = run(ExitGovernor(1.13), 200, with_exits=0.8, without=1.0)
+    assert sum(pays[100:]) > 90
+    assert run(ExitGovernor(0.9), 5, with_exits=1.2, without=1.0)[:4] == [False, True, False, True]
 
 
 class Scripted:
@@ -54,7 +67,7 @@ class Scripted:
 def scripted(model, script, monkeypatch):
     governor = Scripted(script)
     monkeypatch.setenv("SEDAC_GOVERNOR", "on")
-    monkeypatch.setattr(ExitGovernors, "find", lambda self, rows, rules: governor)
+    monkeypatch.setattr(ExitGovernors, "find", lambda self, rows, rules, expected=None: governor)
     return governor
 
 
@@ -154,6 +167,19 @@ def test_what_the_governor_found_is_told(monkeypatch):
     assert found["blocks"] == 6
     assert found["step_ms_with_exits"] > 0
     assert found["step_ms_without"] > 0
+
+
+@pytest.mark.parametrize(("cost", "tried"), [(1.13, False), (0.9, True)])
+def test_a_policy_that_should_not_pay_does_not_begin_a_text(cost, tried, monkeypatch):
+    model = settled()
+    rules = model.cascade
+    policy = Policy(rules, estimated_delta=0.005, exit_share=0.1, cost=cost)
+    model.certificate = certificate(
+        0.01, accepted=1, walk=(replace(rung(0.01, 0.1), policy=policy),)
+    )
+    monkeypatch.setenv("SEDAC_GOVERNOR", "on")
+    model.generate(prompts(1), sedac_mode="certified", **LONG)
+    assert (model.exit_stats.to_dict()["governor"]["blocks_with_exits"] > 0) is tried
 
 
 @pytest.mark.parametrize("rows", [1, 3])

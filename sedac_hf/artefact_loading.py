@@ -58,7 +58,7 @@ _FIELDS = (
     "strategy",
 )
 # Fields that artefacts of earlier versions lack.
-_LATER_FIELDS = ("max_pending",)
+_LATER_FIELDS = ("head_hits", "max_pending")
 
 
 def load(

@@ -20,6 +20,7 @@ from sedac_hf.artefact_format import (
     tensors_digest,
 )
 from sedac_hf.calibration import RiskHistograms
+from sedac_hf.config import SedacConfig
 from tests.artefacts import (
     issue,
     load,
@@ -52,6 +53,21 @@ def test_configuration_and_certificate_come_back(saved: Path, base_folder: Path)
     assert model.config.name_or_path == str(saved)
     assert model.certificate is not None
     model.certificate.check_covers(dtype="float32", kv_mode="propagate", cascade=model.cascade)
+
+
+def test_every_field_of_the_configuration_comes_back(base_folder: Path, tmp_path: Path) -> None:
+    model = wrap_base(load_base(base_folder))
+    hits = [[0.1 * k, 0.2, 0.3, 0.4] for k in range(len(model.exit_heads))]
+    changes = {"max_pending": 5, "head_hits": hits, "kv_mode": "settle", "mode": "exact"}
+    for name, value in changes.items():
+        setattr(model.config, name, value)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    own = {name for name in SedacConfig.__annotations__ if not name.startswith(("_", "model_type"))}
+    kept = own - {"sub_configs_defaults", "text_config", "use_cache", "fingerprint"}
+    assert kept > changes.keys()
+    found = {name: getattr(loaded.config, name) for name in kept}
+    assert found == {name: getattr(model.config, name) for name in kept}
 
 
 def test_loading_and_saving_again_changes_nothing(saved: Path, tmp_path: Path) -> None:

@@ -403,6 +403,8 @@ class DraftTree:
         """
     def next_scores(self, count: int) -> list[float]:
         """Probabilities of the best candidates, the best first."""
+    def all_scores(self, count: int) -> list[float]:
+        """Probabilities of all that could be verified: nodes, then up to `count` candidates."""
     def cut(self, nodes: int) -> None:
         """Give up the nodes taken last, until `nodes` are left; the root stays."""
     def pad(self, nodes: int) -> None:
@@ -471,13 +473,26 @@ class DraftPlan:
             matched: Tokens that matched.
             count: Tokens of the continuation.
         """
-    def worth_a_level(self, level: int, parents: float, depth: int) -> bool:
+    def worth_asking(self, promise: float) -> bool:
+        """Whether a first call of the head promises more than its time would bring otherwise.
+
+        Args:
+            promise: Probability that the text itself does not say what comes.
+        """
+    def worth_a_level(
+        self,
+        level: int,
+        scores: Sequence[Sequence[float]],
+        next: Sequence[Sequence[float]],
+        depth: int,
+    ) -> bool:
         """Whether one more call of the head promises more than its time would bring otherwise.
 
         Args:
             level: Calls so far.
-            parents: Sum of the probabilities of the nodes that it would expand, mean of the rows.
-            depth: Their depth.
+            scores: Probabilities of all that each row could verify by now, the root included.
+            next: Those of the nodes that it would expand.
+            depth: Depth of their children.
         """
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
         """Nodes to verify.

@@ -102,8 +102,9 @@ class ExactDecoding(ModeControl):
         session.drafts = bool(len(self.exit_heads))
         parts = self.assembly.parts
         parts = replace(parts, draft=parts.draft.extended(call.input_ids))
-        heads = len(parts.heads)
-        k = choice.governors.pick_head(len(call.input_ids), heads)
+        layers = [each.spec.layer_idx for each in parts.heads]
+        hits = self.config.head_hits
+        k = choice.governors.pick_head(len(call.input_ids), layers, hits)
         prompt = read_prompt(self, session, choice, call, model_kwargs, parts, only=k)
         run, state, last = prompt.run, prompt.state, prompt.last
         texts = RowTexts(
@@ -114,15 +115,15 @@ class ExactDecoding(ModeControl):
         head = None
         governors = prompt.choice.governors
         if prompt.choice is not choice:
-            k = governors.pick_head(state.rows, heads)
+            k = governors.pick_head(state.rows, layers, hits)
         if k is not None and session.in_step:
             watch = self._head_watch(session, run, k)
-            hits = self.config.head_hits[k] if self.config.head_hits else None
             head = HeadDraft(
-                run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch, hits
-            )
+                run, k, parts.heads[k].spec, state, parts.draft.tokens, last, watch,
+                hits[k] if hits else None,
+            )  # fmt: skip
         depth = self.shell.num_layers
-        starts = [each.spec.layer_idx + 1 for each in parts.heads]
+        starts = [layer + 1 for layer in layers]
         governor = governors.find(run, starts, depth, state, head)
         keeps = prompt.stores and session.in_step
         # Who watches exits must see their states, and who gets the cache back all K/V.

@@ -212,7 +212,7 @@ class ExactLoop:
             covered += self._look_up(trees[row], self._texts.text(row))
         # Where the text itself says what comes, the head has less to add.
         promise = 1 - covered / max(len(rows), 1)
-        if self._head is not None and cycle.on and governor.worth_a_level(0, promise, 0):
+        if self._head is not None and cycle.on and governor.worth_asking(promise):
             entered, cycle.levels = self._head.draft(trees, alive, governor, self._clock)
             cycle.drafted = True
         least = len(trees[0])

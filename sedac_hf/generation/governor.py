@@ -14,7 +14,7 @@ from sedac_hf.generation.draft_tree import HEAD, LOOKUP
 if TYPE_CHECKING:
     from sedac_hf.generation.draft_tree import DraftTree
 
-__all__ = ["Cycle", "Governor", "off_cycle"]
+__all__ = ["ROWS_SHARE", "Cycle", "Governor", "off_cycle", "one_level"]
 
 _DEEPEST = 8  # depths that are told apart
 _LONGEST = 4  # matched tokens of a lookup that are told apart
@@ -28,7 +28,7 @@ _MARGIN = 1.02
 # What no head's first eight candidates have been seen to hold more often, given true states.
 _BEST_COVER = 0.75
 _HIT_NODES = (2, 3, 5, 9)  # nodes of a tree of the root and a head's first 1, 2, 4 or 8
-_ROWS_SHARE = 0.7  # of the rows' mean, what the one furthest behind may be taken to gain
+ROWS_SHARE = 0.7  # of the rows' mean, what the one furthest behind may be taken to gain
 
 
 @dataclass
@@ -71,6 +71,24 @@ def off_cycle(full: PassCosts) -> tuple[Tally, Tally]:
     return Tally(1.0, 8.0), Tally(full.of(1), 2.0, 0.95)
 
 
+def one_level(
+    tail: PassCosts, level: float, hits: Sequence[float], share: float
+) -> tuple[float, float]:
+    """Tokens and seconds of a cycle with one level of drafts, of the size that serves best.
+
+    Args:
+        tail: What passes take from the head's checkpoint on.
+        level: Seconds of one call of the head.
+        hits: How often the base's choice is among the head's first 1, 2, 4 and 8.
+        share: Of what drafts bring the rows on average, what the row furthest behind has of it.
+    """
+    options = [
+        (1 + hit * share, level + tail.of(nodes))
+        for nodes, hit in zip(_HIT_NODES, hits, strict=True)
+    ]
+    return max(options, key=lambda option: option[0] / max(option[1], 1e-9))
+
+
 class Governor:
     """Decides for one head (or none) at one batch size; lives as long as the model.
 
@@ -111,7 +129,7 @@ class Governor:
         self._level = [Tally(level, 2.0, 0.9) for _ in range(most_levels)]
         self._off = off_cycle(full) if off is None else off
         # Of what drafts bring the rows on average, what the row furthest behind has of it.
-        self._share = Tally(1.0 if rows == 1 else _ROWS_SHARE, 4.0, 0.98)
+        self._share = Tally(1.0 if rows == 1 else ROWS_SHARE, 4.0, 0.98)
         self._rest = {on: Tally(0.0, 0.01, 0.95) for on in (True, False)}
         self._start_over()
         guesses = {matched: 1 - 0.6**matched for matched in range(1, _LONGEST + 1)}
@@ -134,11 +152,7 @@ class Governor:
 
     def _expect(self, tail: PassCosts, level: float, hits: Sequence[float]) -> None:
         """Begin with what one level of drafts would bring at the rates that `fit` has seen."""
-        options = [
-            (1 + hit * self.share, level + tail.of(nodes))
-            for nodes, hit in zip(_HIT_NODES, hits, strict=True)
-        ]
-        tokens, seconds = max(options, key=lambda option: option[0] / max(option[1], 1e-9))
+        tokens, seconds = one_level(tail, level, hits, self.share)
         self._on = (Tally(tokens, 8.0), Tally(seconds, 3.0))
         self._left, self._tried = 0, _TRIAL
 
@@ -185,6 +199,11 @@ class Governor:
     def is_undecided(self) -> bool:
         """Whether the first trial of the head is still to be ended."""
         return self._tail is not None and self._tried < _TRIAL
+
+    @property
+    def level(self) -> float:
+        """Seconds of the head's first call in a cycle."""
+        return self._level[0].value
 
     @property
     def promise(self) -> float:
@@ -270,9 +289,19 @@ class Governor:
         """See `DraftPlan.found_scores`."""
         return self.plan().found_scores(matched, count)
 
-    def worth_a_level(self, level: int, parents: float, depth: int) -> bool:
+    def worth_asking(self, promise: float) -> bool:
+        """See `DraftPlan.worth_asking`."""
+        return self.plan().worth_asking(promise)
+
+    def worth_a_level(
+        self,
+        level: int,
+        scores: Sequence[Sequence[float]],
+        next_scores: Sequence[Sequence[float]],
+        depth: int,
+    ) -> bool:
         """See `DraftPlan.worth_a_level`."""
-        return self.plan().worth_a_level(level, parents, depth)
+        return self.plan().worth_a_level(level, scores, next_scores, depth)
 
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
         """See `DraftPlan.best_size`."""

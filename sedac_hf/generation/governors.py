@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sedac_hf.generation.costs import PassCosts, Tally
-from sedac_hf.generation.governor import Governor, off_cycle
+from sedac_hf.generation.governor import ROWS_SHARE, Governor, off_cycle, one_level
 from sedac_hf.generation.row_state import chain_mask
 
 if TYPE_CHECKING:
@@ -37,18 +37,36 @@ class Governors:
         self._lock = threading.Lock()
         # What passes from some layer to the logits take, by rows and that layer.
         self._passes: dict[int, dict[int, PassCosts]] = {}
+        # What is left of them once a head has brought the roots to that layer.
+        self._tails: dict[int, dict[int, PassCosts]] = {}
         self._off: dict[int, tuple[Tally, Tally]] = {}
         self._known: dict[tuple[int, int], Governor] = {}
 
-    def pick_head(self, rows: int, heads: int) -> int | None:
-        """The head to draft with: each is tried once, then the fastest serves.
+    def pick_head(
+        self, rows: int, layers: Sequence[int], hits: Sequence[Sequence[float]] | None = None
+    ) -> int | None:
+        """The head to draft with: the one that promises most.
+
+        Where it is known how often heads are right, that and what they cost decides: texts differ
+        more than heads do, so what each did with a text of its own says little. Otherwise each is
+        tried once, then the fastest serves.
 
         Args:
             rows: Rows of the batch.
-            heads: Number of heads.
+            layers: The checkpoint of each head.
+            hits: How often the base's choice is among each head's first 1, 2, 4 and 8.
         """
         with self._lock:
-            known = [self._known.get((rows, k)) for k in range(heads)]
+            known = [self._known.get((rows, k)) for k in range(len(layers))]
+            passes, tails = self._passes.get(rows, {}), self._tails.get(rows, {})
+        if hits and any(known):
+            levels = _levels(known, layers, passes)
+            promised = [
+                one_level(tails[layer + 1], level, own, ROWS_SHARE if rows > 1 else 1.0)
+                for layer, level, own in zip(layers, levels, hits, strict=True)
+            ]
+            rates = [tokens / max(seconds, 1e-9) for tokens, seconds in promised]
+            return rates.index(max(rates))
         for k, governor in enumerate(known):
             if governor is None or governor.is_undecided:
                 return k
@@ -85,6 +103,7 @@ class Governors:
                 if passes is None:
                     passes = measure_passes(run, state, sorted({0, *starts}), depth, clock)
                 self._passes[state.rows] = passes
+                self._tails[state.rows] = {start: _behind_root(passes, start) for start in passes}
                 self._off[state.rows] = off_cycle(passes[0])
             full, off = passes[0], self._off[state.rows]
             width = _WIDTH if run.holds_trees else 1
@@ -93,7 +112,7 @@ class Governors:
             else:
                 level = measure_level(head, state.rows, clock)
                 found = Governor(
-                    full, passes[head.layer + 1], level,
+                    full, self._tails[state.rows][head.layer + 1], level,
                     width=width, rows=state.rows, hits=head.hits, off=off,
                 )  # fmt: skip
             self._known[key] = found
@@ -107,6 +126,28 @@ class Governors:
             {"batch": rows, "head": None if k < 0 else k, **governor.to_dict()}
             for (rows, k), governor in known
         ]
+
+
+def _behind_root(passes: Mapping[int, PassCosts], start: int) -> PassCosts:
+    """What a pass takes from a layer to which the root alone has been brought."""
+    if start == 0:
+        return passes[0]
+    others = {nodes: seconds for nodes, seconds in passes[0].to_dict().items() if nodes > 1}
+    return PassCosts({1: passes[start].of(1), **others}, weight=2.0)
+
+
+def _levels(
+    known: Sequence[Governor | None], layers: Sequence[int], passes: Mapping[int, PassCosts]
+) -> list[float]:
+    """Seconds of a call of each head: heads differ by the layers before them."""
+    early = [passes[0].of(1) - passes[layer + 1].of(1) for layer in layers]
+    seen = next(k for k, governor in enumerate(known) if governor is not None)
+    governor = known[seen]
+    own = governor.level - early[seen] if governor is not None else 0.0
+    return [
+        max(own + before, 0.0) if found is None else found.level
+        for found, before in zip(known, early, strict=True)
+    ]
 
 
 def measure_passes(

@@ -131,9 +131,10 @@ class HeadDraft:
             now = clock()
             spent.append(now - begun)
             begun, at = now, len(trees[0])
-            next_ones = [tree.next_scores(governor.width) for tree in trees]
-            promise = sum(sum(each) for each in next_ones) / max(int(alive.sum()), 1)
-            if not governor.worth_a_level(len(spent), promise, len(spent)):
+            going = [trees[row] for row in np.flatnonzero(alive).tolist()]
+            scores = [tree.all_scores(governor.most_nodes) for tree in going]
+            next_ones = [tree.next_scores(governor.width) for tree in going]
+            if not governor.worth_a_level(len(spent), scores, next_ones, len(spent) + 1):
                 return hidden, spent
             if not any([tree.take(governor.width, known=at) for tree in trees]):
                 return hidden, spent

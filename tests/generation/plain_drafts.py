@@ -128,6 +128,10 @@ class PlainTree:
         """Probabilities of the best candidates, the best first."""
         return [-candidate.cost for candidate in heapq.nsmallest(count, self._pending)]
 
+    def all_scores(self, count: int) -> list[float]:
+        """Probabilities of all that could be verified."""
+        return self.scores + self.next_scores(1 if self._chain else count)
+
     def cut(self, nodes: int) -> None:
         """Give up the nodes taken last, until `nodes` are left."""
         while len(self.tokens) > nodes:

@@ -137,6 +137,7 @@ def test_the_tree_of_the_core_is_the_one_in_plain_words(seed: int) -> None:
             assert getattr(own, name) == getattr(plain, name), name
         assert own.matched == plain.matched
         assert own.next_scores(9) == plain.next_scores(9)
+        assert own.all_scores(3) == plain.all_scores(3)
         for parent in range(len(own)):
             assert [own.child(parent, t) for t in range(6)] == [
                 plain.child(parent, t) for t in range(6)

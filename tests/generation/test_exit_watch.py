@@ -37,7 +37,8 @@ def seen(monkeypatch):
 def drafts(monkeypatch):
     """Exact mode asks its head in every cycle, whatever it costs."""
     monkeypatch.setattr(Governor, "begin", lambda self: Cycle(on=True))
-    monkeypatch.setattr(Governor, "worth_a_level", lambda self, level, parents, depth: level < 1)
+    monkeypatch.setattr(Governor, "worth_asking", lambda self, promise: True)
+    monkeypatch.setattr(Governor, "worth_a_level", lambda self, *values: False)
 
 
 def generous(model, **settings):

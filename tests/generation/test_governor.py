@@ -45,14 +45,15 @@ class Machine:
     def cycle(self, governor: Governor) -> None:
         """As the loop does it, the base agreeing with the first candidate so often."""
         cycle, tree = governor.begin(), DraftTree(0, limit=8)
-        if cycle.on and governor.worth_a_level(0, 1.0, 0):
+        if cycle.on and governor.worth_asking(1.0):
             cycle.drafted = True
             self._offer(tree, 0, governor)
             cycle.levels.append(self.level)
             while True:
                 level = len(cycle.levels)
-                promise = sum(tree.next_scores(governor.width))
-                if not governor.worth_a_level(level, promise, level):
+                scores = tree.all_scores(governor.most_nodes)
+                next_ones = tree.next_scores(governor.width)
+                if not governor.worth_a_level(level, [scores], [next_ones], level + 1):
                     break
                 for node in tree.take(governor.width):
                     self._offer(tree, node, governor)
@@ -141,9 +142,9 @@ def test_dear_levels_make_shallow_trees() -> None:
     for machine in (cheap, dear):
         governor = machine.governor()
         machine.run(governor, 200)
-        level = 0
-        while governor.worth_a_level(level, 0.6**level, level):
-            level += 1
+        level, line = int(governor.worth_asking(1.0)), [1.0, 0.6]
+        while governor.worth_a_level(level, [line], [line[-1:]], level + 1):
+            level, line = level + 1, [*line, 0.6 * line[-1]]
         depths.append(level)
     assert depths[0] > depths[1]
 

@@ -154,10 +154,32 @@ def test_every_head_is_tried_and_the_fastest_serves(
     governors = model.pass_choice().governors
     served = []
     for _ in range(12):
-        served.append(governors.pick_head(1, 2))
+        served.append(governors.pick_head(1, [0, 2]))
         governed(model, clock, monkeypatch)
     assert set(served) == {0, 1}
     known = governors.to_dict()
     best = max(known, key=lambda each: each["rate_drafting"])
-    assert governors.pick_head(1, 2) == best["head"]
-    assert governors.pick_head(1, 0) is None
+    assert governors.pick_head(1, [0, 2]) == best["head"]
+    assert governors.pick_head(1, []) is None
+
+
+def test_known_hit_rates_and_costs_choose_the_head() -> None:
+    governors, near, far = Governors(), [0.3, 0.4, 0.5, 0.6], [0.9] * 4
+    assert governors.pick_head(1, [0, 2], [near, far]) == 0  # nothing is known of costs
+    passes = {start: PassCosts({n: 10.0 - start for n in (1, 2, 4, 8, 16)}) for start in (0, 1, 3)}
+    tails = {start: module._behind_root(passes, start) for start in passes}
+    governors._passes[1], governors._tails[1] = passes, tails
+    governors._known[1, 0] = Governor(passes[0], tails[1], 1.5)
+    assert governors.pick_head(1, [0, 2], [near, far]) == 1
+    assert governors.pick_head(1, [0, 2], [near, near]) == 0  # the other runs two layers more
+    slightly = [hit + 0.05 for hit in near]
+    assert governors.pick_head(1, [0, 2], [near, slightly]) == 0  # which is not worth it
+    assert governors.pick_head(2, [0, 2], [near, far]) == 0  # of other batch sizes nothing is known
+
+
+def test_what_a_pass_takes_from_a_checkpoint_on_has_the_other_nodes_in_it() -> None:
+    """The head has run the root through the early layers, and nobody else."""
+    passes = {0: PassCosts({1: 10.0, 4: 11.0}), 3: PassCosts({1: 7.0, 4: 8.0})}
+    tail = module._behind_root(passes, 3)
+    assert (tail.of(1), tail.of(4)) == (7.0, 11.0)
+    assert module._behind_root(passes, 0) is passes[0]

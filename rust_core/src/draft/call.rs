@@ -65,7 +65,7 @@ impl Call<'_> {
         }
         // Where the text itself says what comes, the head has less to add.
         let promise = 1.0 - covered / self.rows.len() as f64;
-        let asks = asks && self.head.is_some() && plan.worth_a_level(0, promise, 0);
+        let asks = asks && self.head.is_some() && plan.worth_asking(promise);
         let levels = if asks { self.grow(plan)? } else { Vec::new() };
         let least = self.size();
         for tree in &mut self.trees {

@@ -20,10 +20,9 @@ impl Call<'_> {
             spent.push(begun.elapsed().as_secs_f64());
             begun = Instant::now();
             let known = self.size();
-            let next = self.trees.iter().map(|tree| tree.next_scores(plan.width));
-            let promise: f64 = next.map(|scores| scores.iter().sum::<f64>()).sum();
-            let promise = promise / self.trees.len() as f64;
-            if !plan.worth_a_level(spent.len(), promise, spent.len()) {
+            let all: Vec<_> = self.trees.iter().map(|tree| tree.scores(plan.most_nodes)).collect();
+            let next: Vec<_> = self.trees.iter().map(|tree| tree.next_scores(plan.width)).collect();
+            if !plan.worth_a_level(spent.len(), &all, &next, spent.len() + 1) {
                 return Ok(spent);
             }
             for tree in &mut self.trees {

@@ -183,12 +183,27 @@ fn tables_serve_beyond_their_end_with_the_last_entry() {
 }
 
 #[test]
-fn a_level_is_worth_its_time_or_not() {
-    let plan = plan();
-    assert!(plan.worth_a_level(0, 0.2, 0));
-    assert!(!plan.worth_a_level(0, 0.1, 0), "0.1 * 0.8 is less than the level takes");
-    assert!(!plan.worth_a_level(1, 0.2, 1), "deeper nodes are covered less often");
-    assert!(!plan.worth_a_level(2, 1.0, 0), "no more levels than there may be");
+fn a_first_level_is_worth_its_time_or_not() {
+    let mut plan = plan();
+    assert!(plan.worth_asking(0.2));
+    assert!(!plan.worth_asking(0.1), "0.1 * 0.8 is less than the level takes");
+    plan.most_levels = 0;
+    assert!(!plan.worth_asking(1.0), "no more levels than there may be");
+}
+
+#[test]
+fn a_further_level_must_bring_more_than_what_it_drives_out() {
+    let mut plan = plan();
+    plan.full = vec![1.0, 1.0, 1.0, 5.0];
+    let worth = |plan: &Plan, level, scores: &[f64]| {
+        plan.worth_a_level(level, &[scores.to_vec()], &[scores[1..].to_vec()], 1)
+    };
+    assert!(worth(&plan, 1, &[1.0, 0.6]), "0.6 * 0.8 * 0.55 in a place that costs nothing");
+    assert!(!worth(&plan, 1, &[1.0, 0.6, 0.3]), "it would drive out nearly as much");
+    assert!(!worth(&plan, 1, &[1.0, 0.2]), "too little");
+    assert!(!worth(&plan, 2, &[1.0, 0.6]), "no more levels than there may be");
+    plan.width = 1;
+    assert!(worth(&plan, 1, &[1.0, 0.2]), "0.2 * 0.8, of which a chain gets all");
 }
 
 #[test]

@@ -226,6 +226,16 @@ impl DraftTree {
         all.iter().take(count).map(|candidate| candidate.score).collect()
     }
 
+    /// Probabilities of all that could be verified: nodes, then up to `count` candidates; of a
+    /// chain, one.
+    #[must_use]
+    pub fn scores(&self, count: usize) -> Vec<f64> {
+        let count = if self.chain { 1 } else { count };
+        let mut all: Vec<f64> = self.nodes.iter().map(|node| node.score).collect();
+        all.extend(self.next_scores(count));
+        all
+    }
+
     /// Gives up the nodes taken last, until `nodes` are left; the root stays.
     pub fn cut(&mut self, nodes: usize) {
         let nodes = nodes.max(1);

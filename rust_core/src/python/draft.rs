@@ -95,6 +95,10 @@ impl DraftTree {
         self.0.next_scores(count)
     }
 
+    fn all_scores(&self, count: usize) -> Vec<f64> {
+        self.0.scores(count)
+    }
+
     fn cut(&mut self, nodes: usize) {
         self.0.cut(nodes);
     }
@@ -166,8 +170,19 @@ impl DraftPlan {
         self.0.found_scores(matched, count)
     }
 
-    fn worth_a_level(&self, level: usize, parents: f64, depth: usize) -> bool {
-        self.0.worth_a_level(level, parents, depth)
+    fn worth_asking(&self, promise: f64) -> bool {
+        self.0.worth_asking(promise)
+    }
+
+    #[allow(clippy::needless_pass_by_value)]
+    fn worth_a_level(
+        &self,
+        level: usize,
+        scores: Vec<Vec<f64>>,
+        next: Vec<Vec<f64>>,
+        depth: usize,
+    ) -> bool {
+        self.0.worth_a_level(level, &scores, &next, depth)
     }
 
     #[allow(clippy::needless_pass_by_value)]

@@ -97,7 +97,8 @@ def test_exact_mode_teaches_certified_mode(
     model: SedacForCausalLM, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Governor, "begin", lambda self: Cycle(on=True))
-    monkeypatch.setattr(Governor, "worth_a_level", lambda self, level, parents, depth: level < 1)
+    monkeypatch.setattr(Governor, "worth_asking", lambda self, promise: True)
+    monkeypatch.setattr(Governor, "worth_a_level", lambda self, *values: False)
     calibration = model.attach_calibration(limits(drift_threshold=50.0), **QUICK)
     plain = write("prose", 1, "off")
     assert torch.equal(write("prose", 1, "exact"), plain)

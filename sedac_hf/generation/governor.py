@@ -143,11 +143,13 @@ class Governor:
         self._wait = _FIRST_WAIT
         self._look, self._since_look = _FIRST_LOOK, 0
         self._left = _TRIAL if tail is not None else 0
+        self._hits: Sequence[float] | None = None
         if tail is not None and not self._can_pay(tail, level):
             # At this batch size not even the best of heads would be worth a trial.
             self._expect(tail, level, (0.0,) * len(_HIT_NODES))
             self._wait = _LONGEST_WAIT
         elif tail is not None and hits is not None:
+            self._hits = hits
             self._expect(tail, level, hits)
 
     def _expect(self, tail: PassCosts, level: float, hits: Sequence[float]) -> None:
@@ -245,6 +247,9 @@ class Governor:
             self._wait = min(2 * self._wait, _LONGEST_WAIT)
             # Text changes: what was learned of the text before would keep the head from its try.
             self._start_over()
+            if self._tail is not None and self._hits is not None:
+                tokens, seconds = one_level(self._tail, self.level, self._hits, self.share)
+                self._on = (Tally(tokens, 2.0), Tally(seconds, 1.0))
             return Cycle(on=True)
         return Cycle()
 

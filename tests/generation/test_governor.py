@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -32,6 +32,7 @@ class Machine:
     cost: Callable[[int], float]
     level: float
     right: float  # the base says the exit's first choice
+    hits: Sequence[float] | None = None
     spent: float = 0.0
     tokens: int = 0
     drafted: list[bool] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Machine:
 
     def governor(self) -> Governor:
         full = PassCosts({nodes: self.cost(nodes) for nodes in SIZES})
-        return Governor(full, full, self.level)
+        return Governor(full, full, self.level, hits=self.hits)
 
     def cycle(self, governor: Governor) -> None:
         """As the loop does it, the base agreeing with the first candidate so often."""
@@ -124,6 +125,28 @@ def test_it_is_tried_again_and_switched_on_when_text_gets_easy() -> None:
     machine.run(governor, 2000)
     assert governor.is_on
     assert machine.run(governor, 200) > 1.5
+
+
+@pytest.mark.parametrize("cost", [flat, steep])
+def test_a_head_that_does_not_hold_what_fit_saw_costs_next_to_nothing(
+    cost: Callable[[int], float],
+) -> None:
+    machine = Machine(cost, 1.0, 0.0, hits=HITS)
+    governor = machine.governor()
+    machine.run(governor, 300)
+    assert not governor.is_on
+    assert machine.run(governor, 4000) > 0.98
+
+
+def test_a_head_known_to_be_good_comes_back_after_a_hard_passage() -> None:
+    machine = Machine(flat, 1.0, 0.0, hits=HITS)
+    governor = machine.governor()
+    machine.run(governor, 200)
+    assert not governor.is_on
+    machine.right = 0.45
+    machine.run(governor, 400)
+    assert governor.is_on
+    assert machine.run(governor, 300) > 1.2
 
 
 def test_it_is_switched_off_when_text_gets_hard() -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from sedac_hf.core.row_pass import RowPass
     from sedac_hf.generation.acceptance import TokenChooser
     from sedac_hf.generation.core_cycles import CoreCycles
-    from sedac_hf.generation.governor import Cycle, Governor
+    from sedac_hf.generation.cycle import Cycle
+    from sedac_hf.generation.governor import Governor
     from sedac_hf.generation.head_draft import HeadDraft
     from sedac_hf.generation.row_state import RowState
     from sedac_hf.generation.row_texts import RowTexts

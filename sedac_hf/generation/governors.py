@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from sedac_hf.generation.costs import PassCosts, Tally
-from sedac_hf.generation.governor import ROWS_SHARE, Governor, off_cycle, one_level
+from sedac_hf.generation.cycle import ROWS_SHARE, off_cycle, one_level
+from sedac_hf.generation.governor import Governor
 from sedac_hf.generation.row_state import chain_mask
 
 if TYPE_CHECKING:

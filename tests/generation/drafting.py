@@ -14,7 +14,8 @@ from transformers import (
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.module_pass import ModulePass
 from sedac_hf.generation.costs import PassCosts
-from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.cycle import Cycle
+from sedac_hf.generation.governor import Governor
 from sedac_hf.generation.governors import Governors
 from sedac_hf.modeling import SedacForCausalLM
 from tests.tiny_models import LAYERS, prompt

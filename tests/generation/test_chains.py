@@ -12,9 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 from sedac_hf.core.cascade_controller import CascadeConfig
 from sedac_hf.core.chain_pass import ChainPass
 from sedac_hf.generation.costs import PassCosts
+from sedac_hf.generation.cycle import Cycle
 from sedac_hf.generation.draft_tree import BLANK, DraftTree
 from sedac_hf.generation.exact_loop import ExactLoop
-from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.governor import Governor
 from sedac_hf.generation.governors import Governors
 from tests.generation.drafting import padded
 from tests.tiny_models import BY_SLOT, LAYERS, build_tiny, prompt

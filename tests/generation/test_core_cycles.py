@@ -23,7 +23,8 @@ from sedac_hf.core.native_rotary import RotaryTables
 from sedac_hf.core.session import ExitSession, StepRecord
 from sedac_hf.generation.core_cycles import CoreCycles
 from sedac_hf.generation.costs import PassCosts
-from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.cycle import Cycle
+from sedac_hf.generation.governor import Governor
 from sedac_hf.generation.governors import Governors
 from sedac_hf.modeling import SedacForCausalLM
 from tests.generation.drafting import padded

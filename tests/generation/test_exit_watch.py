@@ -12,7 +12,8 @@ from sedac_hf.calibration import OnlineCalibration
 from sedac_hf.calibration.documents import Document
 from sedac_hf.calibration.recalibration import trace_documents
 from sedac_hf.core.cascade_controller import CascadeConfig
-from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.cycle import Cycle
+from sedac_hf.generation.governor import Governor
 from tests.generation.test_settled import GIVEN, prompts, settled
 from tests.wrapping import ALWAYS
 

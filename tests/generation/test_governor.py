@@ -243,7 +243,7 @@ def test_what_fit_has_measured_spares_the_trial() -> None:
     assert pays.promise == pytest.approx(1.7 / (1.0 + flat(9)))
     dear = Governor(costs(steep), costs(steep), 8.0, hits=HITS)
     assert not dear.is_undecided
-    assert not any(dear.begin().on for _ in range(40))
+    assert not any(dear.begin().on for _ in range(1000))
     machine = Machine(flat, 1.0, 0.0)
     machine.run(pays, 300)
     assert not pays.is_on

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from sedac_hf.core.cascade_controller import CascadeConfig
-from sedac_hf.generation.governor import Cycle, Governor
+from sedac_hf.generation.cycle import Cycle
+from sedac_hf.generation.governor import Governor
 from sedac_hf.modeling import SedacForCausalLM
 from tests.calibration.online.watching import QUICK, TOKENS, Write, limits, share
 

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 from sedac_hf.core.attention_spread import Spread
 from sedac_hf.core.row_pass import Placement
+from sedac_hf.core.support import head_dim_of
 from sedac_hf.errors import CacheError, NotNativeError
 
 if TYPE_CHECKING:
@@ -64,10 +65,9 @@ def _counted(model: SedacForCausalLM, documents: Sequence[Document], costs: Cost
     """Bytes of one layer's keys, in units of those that a full pass reads."""
     config = model.base_lm.config.get_text_config()
     width, heads = int(config.hidden_size), int(config.num_attention_heads)
-    dim = int(getattr(config, "head_dim", None) or width // heads)
     shared = int(getattr(config, "num_key_value_heads", None) or heads)
     length = float(np.median([len(document) for document in documents]))
-    keys = length * shared * dim * model.base_lm.dtype.itemsize
+    keys = length * shared * head_dim_of(config) * model.base_lm.dtype.itemsize
     # The probe's share tells how many bytes a full pass reads: its own are float32.
     return float(costs.checkpoints[0].probe * keys / (4.0 * model.config.probe_rank * width))
 

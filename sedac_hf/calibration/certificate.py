@@ -169,8 +169,8 @@ class Certificate:
         Returns:
             None if no policy of the walk has them.
         """
-        costs = [rung.policy.cost for rung in self.walk if rung.policy.cascade == rules]
-        return costs[0] if costs else None
+        policies = (rung.policy for rung in self.walk)
+        return next((policy.cost for policy in policies if policy.cascade == rules), None)
 
     @property
     def deployed(self) -> Rung | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["train_heads"]
 
-HEADS_UNTIL = 0.67  # share of the time budget up to the end of this stage
+_HEADS_UNTIL = 0.67  # share of the time budget up to the end of this stage
 _FURTHER = 0.5  # of the learning rate, for a head that is trained already
 
 
@@ -57,7 +57,7 @@ def train_heads(run: FitRun, states: BaseStates, splits: Splits) -> tuple[list[E
         if workspace.has_head(head.spec, settings.budget_seconds):
             continue
         before = workspace.load_head(head) if workspace.has_head(head.spec) else None
-        left = run.deadline(HEADS_UNTIL) - time.monotonic()
+        left = run.deadline(_HEADS_UNTIL) - time.monotonic()
         schedule = HeadSchedule(
             seconds=max(left / (len(mine) - place), 10.0),
             batch_tokens=run.sizes.step_tokens,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -98,7 +97,9 @@ class BaseStates:
             "documents": [d.hash for d in self.documents],
             "checkpoints": list(self.checkpoints),
             "width": width,
-            "spread": True,  # what was recorded before it was kept is recorded anew
+            # What was recorded before these were kept is recorded anew.
+            "spread": True,
+            "done": "documents",
         }
         fresh = self._read_key() != key
         mode = "w+" if fresh else "r+"
@@ -141,26 +142,23 @@ class BaseStates:
             progress: Show a progress bar.
         """
         batch_tokens = batch_tokens or WorkSizes.of(shell.base).record_tokens
-        mine = self._order(rows)[part[0] :: part[1]]
-        marker = self.directory / f"done-{part[0]}-{part[1]}{_name_of(rows)}"
-        done = len(mine) if self._is_whole() else _count_in(marker)
-        sizes = [len(self.documents[i]) for i in mine]
-        observed = self._observable(shell) if done < len(mine) else frozenset()
+        mine, known = self._order(rows)[part[0] :: part[1]], self._recorded()
+        left = [i for i in mine if i not in known]
+        total, due = (sum(len(self.documents[i]) for i in some) for some in (mine, left))
+        marker = self.directory / f"done-{part[0]}-{part[1]}"
+        observed = self._observable(shell) if left else frozenset()
         bar = tqdm(
-            total=sum(sizes),
-            initial=sum(sizes[:done]),
-            unit="tok",
-            desc="states",
-            disable=not progress,
+            total=total, initial=total - due, unit="tok", desc="states", disable=not progress
         )
-        while done < len(mine):
-            count = max(1, batch_tokens // sizes[done])
+        while left:
+            count = max(1, batch_tokens // len(self.documents[left[0]]))
+            some, left = left[:count], left[count:]
             with torch.inference_mode():
-                self._record_rows(shell, mine[done : done + count], observed)
-            bar.update(sum(sizes[done : done + count]))
-            done = min(done + count, len(mine))
+                self._record_rows(shell, some, observed)
+            bar.update(sum(len(self.documents[i]) for i in some))
             self._flush()
-            marker.write_text(str(done))
+            with marker.open("a") as file:
+                file.writelines(f"{i}\n" for i in some)
         bar.close()
         self._features.clear()
 
@@ -291,13 +289,10 @@ class BaseStates:
         wanted = range(len(self.documents)) if rows is None else rows
         return sorted(wanted, key=lambda i: (-len(self.documents[i]), i))
 
-    def _is_whole(self) -> bool:
-        """Whether every document has been recorded, by however many processes."""
-        counts: dict[str, int] = {}
-        for marker in self.directory.glob("done-*"):
-            _, _, processes = marker.name.partition("-")[2].partition("-")
-            counts[processes] = counts.get(processes, 0) + _count_in(marker)
-        return any(count == len(self.documents) for name, count in counts.items() if name.isdigit())
+    def _recorded(self) -> set[int]:
+        """Documents that are on disk, by whichever process; a line cut off does not count."""
+        markers = self.directory.glob("done-*")
+        return {int(i) for m in markers for i in m.read_text().rpartition("\n")[0].split()}
 
     def _read_key(self) -> object:
         path = self.directory / "key.json"
@@ -341,15 +336,6 @@ def template_call(shell: BaseShell, batch: DocumentBatch, layer: int) -> LayerCa
             use_cache=False,
         )
     return calls[layer]
-
-
-def _count_in(marker: Path) -> int:
-    return int(marker.read_text()) if marker.exists() else 0
-
-
-def _name_of(rows: Sequence[int] | None) -> str:
-    """What tells a part of the documents from others in the name of its marker."""
-    return "" if rows is None else f"-{zlib.crc32(np.sort(rows).astype(np.int64).tobytes()):08x}"
 
 
 def _to_bits(states: Tensor) -> npt.NDArray[np.int16]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
+from sedac_hf.core.support import own_draw
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def write_texts(
     bar = tqdm(total=tokens, initial=have, unit="tok", desc="texts", disable=not progress)
     writer = _plain_writer(base)
     while have < tokens and (deadline is None or time.monotonic() < deadline):
-        with _own_draw(base), torch.inference_mode():
+        with own_draw(base.device), torch.inference_mode():
             torch.manual_seed(seed * 1_000_003 + batch)
             if template is None:
                 fresh = _plain_batch(writer, tokenizer, rows, max_answer, batch)
@@ -201,7 +201,7 @@ def answer_prompts(
     writer = _plain_writer(base)
     stop = _stop_ids(writer, None)
     found: list[Document] = []
-    with _own_draw(base), torch.inference_mode():
+    with own_draw(base.device), torch.inference_mode():
         torch.manual_seed(seed)
         for at in range(0, len(prompts), rows):
             some = [list(prompt) for prompt in prompts[at : at + rows]]
@@ -272,15 +272,6 @@ def _plain_writer(base: PreTrainedModel) -> SedacForCausalLM:
     from sedac_hf.modeling import SedacForCausalLM
 
     return SedacForCausalLM.from_base(base, mode="plain")
-
-
-def _own_draw(base: PreTrainedModel) -> AbstractContextManager[None]:
-    """Inside the block generators can be seeded without a trace outside of it."""
-    device = base.device
-    return torch.random.fork_rng(
-        [] if device.type == "cpu" else [device],
-        device_type="cuda" if device.type == "cpu" else device.type,
-    )
 
 
 def _stop_ids(writer: SedacForCausalLM, extra: int | None) -> list[int]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sedac_hf.core.support import head_dim_of
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -58,9 +60,7 @@ class WorkSizes:
         """
         config = base.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None)
-        head_dim = head_dim or config.hidden_size // config.num_attention_heads
-        token = 2 * config.num_hidden_layers * heads * head_dim * base.dtype.itemsize
+        token = 2 * config.num_hidden_layers * heads * head_dim_of(config) * base.dtype.itemsize
         step = _FLOAT * config.vocab_size * _LOGITS_KEPT
         return cls(
             rows=_within(free // 4 // (_TEXT_LENGTH * token), 16, 1024),

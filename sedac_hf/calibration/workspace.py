@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -91,14 +92,15 @@ class Workspace:
         if not path.exists():
             return False
         values = json.loads(path.read_text(encoding="utf-8"))
-        return bool(values["budget_seconds"] >= budget_seconds)
+        # Where no budget was noted, as earlier versions did not, the head is taken as it is.
+        return bool(values.get("budget_seconds", math.inf) >= budget_seconds)
 
     def load_head(self, head: ExitHead) -> HeadReport:
         """Put a trained head's weights in place."""
         path = self._head_path(head.spec)
         head.load_state_dict(load_file(path))
         values = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        del values["budget_seconds"]
+        values.pop("budget_seconds", None)
         return HeadReport.from_dict(values)
 
     def save_head(self, head: ExitHead, report: HeadReport, budget_seconds: float) -> None:

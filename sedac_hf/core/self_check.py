@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sedac_hf.core.cache_names import cache_in
+from sedac_hf.core.support import own_draw
 from sedac_hf.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def self_check(shell: BaseShell) -> None:
         return hidden
 
     # Dropout, if the base is in training mode, must fall alike on both sides.
-    with torch.random.fork_rng(devices=[] if device.type != "cuda" else [device]):
+    with own_draw(device):
         expected = _two_steps(shell, lambda **kwargs: shell.base(**kwargs), ids)
         found = _two_steps(shell, lambda **kwargs: shell.run(loop, **kwargs), ids)
     name = type(shell.base).__name__

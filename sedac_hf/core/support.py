@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -16,8 +17,10 @@ __all__ = [
     "check_supported",
     "find_cache_argument",
     "find_decoder",
+    "head_dim_of",
     "module_device",
     "module_path",
+    "own_draw",
     "unwrap_adapter",
 ]
 
@@ -198,3 +201,18 @@ def module_device(module: nn.Module) -> torch.device:
             return torch.device(device)
     parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head by the configuration of a text model."""
+    own = getattr(config, "head_dim", None)
+    return int(own or config.hidden_size // config.num_attention_heads)
+
+
+def own_draw(device: torch.device) -> AbstractContextManager[None]:
+    """Inside the block generators can be seeded and drawn from without a trace outside of it.
+
+    Args:
+        device: Where the block draws, beside the CPU.
+    """
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -24,6 +24,7 @@ from sedac_hf.core.huge_pages import join_pages
 from sedac_hf.core.native_model import NativeModel
 from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.row_pass import Placement
+from sedac_hf.core.support import head_dim_of
 from sedac_hf.errors import NotNativeError
 
 __all__ = ["PassTiming", "memory_bandwidth", "time_passes"]
@@ -140,8 +141,7 @@ def _torch_parts(shell: BaseShell, context: int, nodes: int) -> list[Callable[[]
     config = shell.base.config
     cache = DynamicCache(config=config)
     heads = config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    past = torch.zeros((1, heads, context, dim), dtype=shell.base.dtype)
+    past = torch.zeros((1, heads, context, head_dim_of(config)), dtype=shell.base.dtype)
     for i in range(shell.num_layers):
         cache.update(past, past, i)
     ids = torch.ones((1, nodes), dtype=torch.long)

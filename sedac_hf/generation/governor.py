@@ -86,19 +86,24 @@ class Governor:
         self._hits: Sequence[float] | None = None
         if tail is not None and not self._can_pay(tail, level):
             # At this batch size not even the best of heads would be worth a trial.
-            self._expect(tail, level, (0.0,) * len(HIT_NODES))
-            self._wait = _LONGEST_WAIT
+            self._expect(tail, (0.0,) * len(HIT_NODES))
         elif tail is not None and hits is not None:
             self._hits = hits
-            self._expect(tail, level, hits)
-            # Where nodes are dear a try costs several passes, and little speaks for one.
-            self._wait = _FIRST_WAIT if self.is_on else _LONGEST_WAIT
+            self._expect(tail, hits)
 
-    def _expect(self, tail: PassCosts, level: float, hits: Sequence[float]) -> None:
+    def _expect(self, tail: PassCosts, hits: Sequence[float]) -> None:
         """Begin with what one level of drafts would bring at the rates that `fit` has seen."""
-        tokens, seconds = one_level(tail, level, hits, self.share)
-        self._on = (Tally(tokens, 8.0), Tally(seconds, 3.0))
+        self._hope(tail, hits, 8.0, 3.0)
         self._left, self._tried = 0, _TRIAL
+        # Where nodes are dear a try costs several passes, and little speaks for one.
+        self._wait = _FIRST_WAIT if self.is_on else _LONGEST_WAIT
+
+    def _hope(
+        self, tail: PassCosts, hits: Sequence[float], tokens_weight: float, seconds_weight: float
+    ) -> None:
+        """Take one level of drafts at these rates for so many cycles that were seen."""
+        tokens, seconds = one_level(tail, self.level, hits, self.share)
+        self._on = (Tally(tokens, tokens_weight), Tally(seconds, seconds_weight))
 
     def _can_pay(self, tail: PassCosts, level: float) -> bool:
         """Whether drafts could be worth their time if the head were as good as heads can be."""
@@ -190,8 +195,7 @@ class Governor:
             # Text changes: what was learned of the text before would keep the head from its try.
             self._start_over()
             if self._tail is not None and self._hits is not None:
-                tokens, seconds = one_level(self._tail, self.level, self._hits, self.share)
-                self._on = (Tally(tokens, 2.0), Tally(seconds, 1.0))
+                self._hope(self._tail, self._hits, 2.0, 1.0)
             return Cycle(on=True)
         return Cycle()
 

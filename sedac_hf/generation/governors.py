@@ -142,9 +142,7 @@ def _levels(
 ) -> list[float]:
     """Seconds of a call of each head: heads differ by the layers before them."""
     early = [passes[0].of(1) - passes[layer + 1].of(1) for layer in layers]
-    seen = next(k for k, governor in enumerate(known) if governor is not None)
-    governor = known[seen]
-    own = governor.level - early[seen] if governor is not None else 0.0
+    own = next(g.level - before for g, before in zip(known, early, strict=True) if g is not None)
     return [
         max(own + before, 0.0) if found is None else found.level
         for found, before in zip(known, early, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from itertools import islice
@@ -19,6 +20,7 @@ from sedac_hf.calibration.fitting import fit
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.pareto import Policy
+from sedac_hf.calibration.workspace import Workspace
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.ablation import fitted_variants
@@ -198,6 +200,14 @@ def test_a_larger_budget_trains_heads_further(
     _, same = fit(micro_model.model, texts, settings=short, **given)
     assert (rates, same.heads) == ([], first.heads)
     _, more = fit(micro_model.model, texts, settings=replace(short, budget_seconds=301.0), **given)
+    path = next((tmp_path / "a.work").glob("head-*.json"))
+    values = json.loads(path.read_text())
+    del values["budget_seconds"]  # as earlier versions left it
+    path.write_text(json.dumps(values))
+    workspace = Workspace(
+        tmp_path / "a.work", json.loads((tmp_path / "a.work/settings.json").read_text())
+    )
+    assert workspace.has_head(short.checkpoints[0], 1e9)
     assert rates == [0.5 * SETTINGS.learning_rate]
     assert more.heads[0].tokens > 1.5 * first.heads[0].tokens
     assert more.heads[0].agreement > first.heads[0].agreement

@@ -208,3 +208,26 @@ def test_a_part_of_what_is_all_there_is_not_recorded_again(
         states.record(shell, part=part, progress=False)
     monkeypatch.setattr(shell, "prologue", pytest.fail)
     states.record(shell, rows=[1, 3], progress=False)
+
+
+def test_any_number_of_processes_goes_on_and_a_line_cut_off_does_not_count(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell = BaseShell(llama)
+    open_states(llama, tmp_path).record(shell, part=(1, 2), progress=False)
+    marker = tmp_path / "done-1-2"
+    own = [int(i) for i in marker.read_text().split()]
+    marker.write_text(marker.read_text() + "0")  # its states were never flushed
+    recorded: list[int] = []
+    record_rows = BaseStates._record_rows
+    monkeypatch.setattr(
+        BaseStates,
+        "_record_rows",
+        lambda self, shell, rows, *more: (
+            recorded.extend(rows),
+            record_rows(self, shell, rows, *more),
+        ),
+    )
+    open_states(llama, tmp_path).record(shell, progress=False)
+    assert own
+    assert sorted(recorded) == sorted(set(range(5)) - set(own))

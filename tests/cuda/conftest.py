@@ -9,9 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sedac_hf import SedacForCausalLM
-from sedac_hf.generation.governors import Governors
 from tests.cuda.device import DEVICE
-from tests.generation.drafting import Eager
+from tests.generation.drafting import draft_always
 from tests.micro_exits import micro_exits
 from tests.micro_model import MicroModel
 from tests.tiny_models import build_tiny
@@ -36,9 +35,7 @@ def _full_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are always made, whatever this machine's clock says."""
-    monkeypatch.setattr(
-        Governors, "find", lambda self, run, starts, depth, state, head: Eager(head is not None)
-    )
+    draft_always(monkeypatch)
 
 
 @pytest.fixture(params=NAMES)

@@ -45,12 +45,18 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SEDAC_PASS", "modules")
 
 
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+def draft_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every governor be an eager one."""
+
     def find(self: Any, run: Any, starts: Any, depth: Any, state: Any, head: Any) -> Governor:
         return Eager(head is not None)
 
     monkeypatch.setattr(Governors, "find", find)
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_always(monkeypatch)
 
 
 def padded(rows: int, length: int = 9) -> dict[str, Tensor]:

@@ -484,15 +484,13 @@ class DraftPlan:
         level: int,
         scores: Sequence[Sequence[float]],
         next: Sequence[Sequence[float]],
-        depth: int,
     ) -> bool:
         """Whether one more call of the head promises more than its time would bring otherwise.
 
         Args:
             level: Calls so far.
             scores: Probabilities of all that each row could verify by now, the root included.
-            next: Those of the nodes that it would expand.
-            depth: Depth of their children.
+            next: Those of the nodes that it would expand, which lie `level` deep.
         """
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
         """Nodes to verify.

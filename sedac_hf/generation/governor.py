@@ -249,10 +249,9 @@ class Governor:
         level: int,
         scores: Sequence[Sequence[float]],
         next_scores: Sequence[Sequence[float]],
-        depth: int,
     ) -> bool:
         """See `DraftPlan.worth_a_level`."""
-        return self.plan().worth_a_level(level, scores, next_scores, depth)
+        return self.plan().worth_a_level(level, scores, next_scores)
 
     def best_size(self, scores: Sequence[Sequence[float]], least: int, drafted: bool) -> int:
         """See `DraftPlan.best_size`."""

@@ -134,7 +134,7 @@ class HeadDraft:
             going = [trees[row] for row in np.flatnonzero(alive).tolist()]
             scores = [tree.all_scores(governor.most_nodes) for tree in going]
             next_ones = [tree.next_scores(governor.width) for tree in going]
-            if not governor.worth_a_level(len(spent), scores, next_ones, len(spent) + 1):
+            if not governor.worth_a_level(len(spent), scores, next_ones):
                 return hidden, spent
             if not any([tree.take(governor.width, known=at) for tree in trees]):
                 return hidden, spent

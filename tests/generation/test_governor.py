@@ -54,7 +54,7 @@ class Machine:
                 level = len(cycle.levels)
                 scores = tree.all_scores(governor.most_nodes)
                 next_ones = tree.next_scores(governor.width)
-                if not governor.worth_a_level(level, [scores], [next_ones], level + 1):
+                if not governor.worth_a_level(level, [scores], [next_ones]):
                     break
                 for node in tree.take(governor.width):
                     self._offer(tree, node, governor)
@@ -166,7 +166,7 @@ def test_dear_levels_make_shallow_trees() -> None:
         governor = machine.governor()
         machine.run(governor, 200)
         level, line = int(governor.worth_asking(1.0)), [1.0, 0.6]
-        while governor.worth_a_level(level, [line], [line[-1:]], level + 1):
+        while governor.worth_a_level(level, [line], [line[-1:]]):
             level, line = level + 1, [*line, 0.6 * line[-1]]
         depths.append(level)
     assert depths[0] > depths[1]

@@ -22,7 +22,7 @@ impl Call<'_> {
             let known = self.size();
             let all: Vec<_> = self.trees.iter().map(|tree| tree.scores(plan.most_nodes)).collect();
             let next: Vec<_> = self.trees.iter().map(|tree| tree.next_scores(plan.width)).collect();
-            if !plan.worth_a_level(spent.len(), &all, &next, spent.len() + 1) {
+            if !plan.worth_a_level(spent.len(), &all, &next) {
                 return Ok(spent);
             }
             for tree in &mut self.trees {

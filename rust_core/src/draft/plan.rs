@@ -84,16 +84,10 @@ impl Plan {
 
     /// Whether one more call of the head, behind `level` of them, promises more than its time would
     /// bring otherwise. `scores` are the probabilities of all that each row could verify by now, the
-    /// root included; the call would expand those in `next`, whose children lie at `depth`. What it
-    /// finds takes the place of what would have been verified without it.
+    /// root included; the call would expand those in `next`, which lie `level` deep. What it finds
+    /// takes the place of what would have been verified without it.
     #[must_use]
-    pub fn worth_a_level(
-        &self,
-        level: usize,
-        scores: &[Vec<f64>],
-        next: &[Vec<f64>],
-        depth: usize,
-    ) -> bool {
+    pub fn worth_a_level(&self, level: usize, scores: &[Vec<f64>], next: &[Vec<f64>]) -> bool {
         if level >= self.most_levels {
             return false;
         }
@@ -102,7 +96,7 @@ impl Plan {
             all.truncate(self.most_nodes);
             all
         };
-        let covered = at(&self.covered, depth);
+        let covered = at(&self.covered, level + 1);
         let shares = if self.width == 1 { &[1.0] } else { &CHILDREN[..] };
         let children = |parents: &[f64]| -> Vec<f64> {
             parents.iter().flat_map(|p| shares.iter().map(move |s| p * covered * s)).collect()

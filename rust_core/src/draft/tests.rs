@@ -195,8 +195,9 @@ fn a_first_level_is_worth_its_time_or_not() {
 fn a_further_level_must_bring_more_than_what_it_drives_out() {
     let mut plan = plan();
     plan.full = vec![1.0, 1.0, 1.0, 5.0];
+    plan.covered = vec![0.5, 0.5, 0.8];
     let worth = |plan: &Plan, level, scores: &[f64]| {
-        plan.worth_a_level(level, &[scores.to_vec()], &[scores[1..].to_vec()], 1)
+        plan.worth_a_level(level, &[scores.to_vec()], &[scores[1..].to_vec()])
     };
     assert!(worth(&plan, 1, &[1.0, 0.6]), "0.6 * 0.8 * 0.55 in a place that costs nothing");
     assert!(!worth(&plan, 1, &[1.0, 0.6, 0.3]), "it would drive out nearly as much");

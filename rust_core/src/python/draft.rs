@@ -175,14 +175,8 @@ impl DraftPlan {
     }
 
     #[allow(clippy::needless_pass_by_value)]
-    fn worth_a_level(
-        &self,
-        level: usize,
-        scores: Vec<Vec<f64>>,
-        next: Vec<Vec<f64>>,
-        depth: usize,
-    ) -> bool {
-        self.0.worth_a_level(level, &scores, &next, depth)
+    fn worth_a_level(&self, level: usize, scores: Vec<Vec<f64>>, next: Vec<Vec<f64>>) -> bool {
+        self.0.worth_a_level(level, &scores, &next)
     }
 
     #[allow(clippy::needless_pass_by_value)]

@@ -142,6 +142,8 @@ def test_settings_that_cannot_be_are_refused(
         (("--budget", "soon"), ("--budget 'soon'", "90s, 20m or 1h30m")),
         (("--budget", "-5m"), ("--budget '-5m'", "above 0")),
         (("--budget", "0"), ("--budget '0'", "above 0")),
+        (("--tokens", "-3"), ("--tokens", "1")),
+        (("--tokens", "0"), ("--tokens", "1")),
     ],
 )
 def test_mistakes_are_named_with_what_was_expected_and_found(

@@ -34,7 +34,9 @@ def fit(
     ] = "measured",
     epsilon: Annotated[float, typer.Option(help="Rise of perplexity to certify.")] = 0.01,
     delta: Annotated[float, typer.Option(help="Chance that the certificate is wrong.")] = 0.1,
-    tokens: Annotated[int, typer.Option(help="Most tokens that the base writes.")] = 1_000_000,
+    tokens: Annotated[
+        int, typer.Option(help="Most tokens that the base writes.", min=1)
+    ] = 1_000_000,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

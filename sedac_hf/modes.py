@@ -172,13 +172,15 @@ class ModeControl(Measured, CalibrationMethods):
             raise ModeError(f"Mode {mode!r} is refused: {self.refused_modes[mode]}")
         if mode == "certified" and self._cascade() is None:
             logger.warning_once(
-                "This model has no certified exits, so it runs as its base. Fit exits with "
-                "sedac_hf.fit, or ask for sedac_mode='off' to silence this."
+                "This model has no certified exits, so nothing leaves early: it runs plain. Fit "
+                "exits with sedac_hf.fit, or ask for sedac_mode='plain' to silence this."
             )
-            return "off"
+            return "plain"
         if mode == "certified" and self.exits_off_reason and self._cascade() is self.cascade:
-            logger.warning_once(f"Exits stay off in certified mode: {self.exits_off_reason}")
-            return "off"
+            logger.warning_once(
+                f"Exits stay off in certified mode, so it runs plain: {self.exits_off_reason}"
+            )
+            return "plain"
         return mode
 
     def _cascade(self) -> CascadeConfig | None:

@@ -284,11 +284,15 @@ def test_calls_in_which_exits_did_nothing_are_told() -> None:
     with collector.attach(model):
         with model.exits_disabled():
             model.generate(prompts(1), **GIVEN, sedac_mode="certified")
+        model.exits_off_reason = "another data type."
+        model.generate(prompts(1), **GIVEN, sedac_mode="certified")
         model.generate(
             prompts(1), **GIVEN, sedac_mode="exact", output_hidden_states=True,
             return_dict_in_generate=True,
         )  # fmt: skip
-    assert collector.snapshot()["occurrences"] == {"ran_as_base": 1, "without_drafts": 1}
+    assert collector.snapshot()["occurrences"] == {
+        "ran_as_base": 1, "without_exits": 1, "without_drafts": 1
+    }  # fmt: skip
 
 
 def test_a_collector_that_does_not_watch_a_checkpoint_is_refused() -> None:

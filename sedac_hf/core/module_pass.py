@@ -136,6 +136,9 @@ class ModulePass:
         calls = self._begin(k, hidden, at)
         self._parts.fill_head(k, hidden, calls, self._cache, feedback)
 
+    def catch_up(self) -> None:
+        """See `RowPass.catch_up`; heads follow the prompt as the base reads it."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See `RowPass.logits`."""
         return self._parts.shell.logits(hidden)

@@ -93,6 +93,7 @@ class NativePass:
         self._narrow = narrow
         self._every, self._unseen = 1, 0
         self._held: list[torch.UntypedStorage] = []
+        self._put_off: Callable[[], None] | None = None
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +113,7 @@ class NativePass:
         """
         parts = self._parts
         self._kv.begin([parts.base, *parts.heads], rows)
-        self._going = None
+        self._going = self._put_off = None
 
     def rest(self, done: Mask) -> None:
         """See `RowPass.rest`; their states come out as zeros."""
@@ -148,6 +149,8 @@ class NativePass:
 
     def store(self, cache: Any, length: IntArray, *, heads: bool = True) -> None:
         """See `RowPass.store`."""
+        if heads:
+            self.catch_up()
         self._kv.store(cache, length, heads=heads)
 
     def embed(self, tokens: Tensor, positions: IntArray) -> Tensor:
@@ -360,8 +363,29 @@ class NativePass:
             spread.risk[some] = evenness
         return found
 
-    def cache(self, part: int) -> _core.KvCache:
-        """K/V of a part; it must have rows."""
+    def put_off(self, work: Callable[[], None]) -> None:
+        """Have heads' K/V written when a head is first asked: few calls ask one.
+
+        Args:
+            work: Writes what the heads lack.
+        """
+        self._put_off = work
+
+    def catch_up(self) -> None:
+        """See `RowPass.catch_up`."""
+        work, self._put_off = self._put_off, None
+        if work is not None:
+            work()
+
+    def cache(self, part: int, *, asks: bool = True) -> _core.KvCache:
+        """K/V of a part; it must have rows.
+
+        Args:
+            part: `BASE` or the index of a head.
+            asks: Whether they will be looked at or written; what was put off is done first then.
+        """
+        if part != BASE and asks:
+            self.catch_up()
         cache = self._kv.find(part)
         if cache is None:
             raise NotNativeError("the pass has no rows yet: call load or begin first")

@@ -6,7 +6,7 @@ prompt read at once, in parts, or behind a cache that was handed in has the same
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +30,9 @@ __all__ = ["PromptReader"]
 _CHUNK = 64
 _LEAST = 16  # positions of each row, however many rows there are
 
+# Numbers that are kept for heads until one is asked, at most; 64 MiB.
+_MOST_WAITING = 1 << 24
+
 # What a base's forward may be given without doing more than the pass does.
 _KNOWN = {
     "input_ids",
@@ -41,6 +44,27 @@ _KNOWN = {
     "logits_to_keep",
     "return_dict",
 }
+
+
+class _Chunk(NamedTuple):
+    """What heads lack of some positions.
+
+    Attributes:
+        inputs: Each head, and the states at its checkpoint, `[rows, n, width]`.
+        states: States after the last layer, or before it where heads wait for them; same shape.
+        before: Final-layer state of the position before, `[rows, 1, width]`.
+        at: Where the positions stand.
+    """
+
+    inputs: list[tuple[int, Tensor]]
+    states: Tensor
+    before: Tensor
+    at: Placement
+
+    @property
+    def size(self) -> int:
+        """Numbers that are kept."""
+        return self.states.numel() * (1 + len(self.inputs))
 
 
 class PromptReader:
@@ -97,6 +121,7 @@ class PromptReader:
         self._first = np.zeros(rows, np.int64) if first is None else first
         self._feeds = any(head.spec.feedback for _, head in self._heads)
         self._keeps_states = keeps_states and self._feeds
+        self._waiting: list[_Chunk] = []
         width = int(parts.shell.base.config.hidden_size)
         self.last = torch.zeros((rows, 1, width))
         if self._feeds:
@@ -159,27 +184,51 @@ class PromptReader:
 
     def _read(self, hidden: Tensor, at: Placement) -> None:
         run, depth, layer = self._run, self._parts.shell.num_layers, 0
-        waiting = []
+        inputs = []
         for k, head in self._heads:
             hidden = run.layers(hidden, at, layer, head.layer_idx + 1)
             layer = head.layer_idx + 1
-            waiting.append((k, hidden))
-        if self._feeds or layer == depth:
+            inputs.append((k, hidden))
+        if self._keeps_states or layer == depth:
             final = run.layers(hidden, at, layer, depth)
+            self._fill(_Chunk(inputs, final, self.last, at))
+            if self._keeps_states:
+                self.states.append(final)
         else:
-            # Nobody asks for final states but the last one's.
             hidden = run.layers(hidden, at, layer, depth - 1)
             run.fill_last(hidden, at)
             end = Placement(at.first, at.length, at.positions[:, -1:], at.tree[:, -1:])
             final = run.layers(hidden[:, -1:], end, depth - 1, depth)
+            self._wait(_Chunk(inputs, hidden, self.last, at))
+        self.last = final[:, -1:].clone()
+        self.length += at.nodes
+
+    def _wait(self, chunk: _Chunk) -> None:
+        """Fill heads later, if at all: most states of the last layer serve nothing else."""
+        if not chunk.inputs:
+            return
+        self._waiting.append(chunk)
+        if sum(each.size for each in self._waiting) > _MOST_WAITING:
+            self._fill_waiting()
+        else:
+            self._run.put_off(self._fill_waiting)
+
+    @torch.no_grad()
+    def _fill_waiting(self) -> None:
+        chunks, self._waiting = self._waiting, []
+        depth = self._parts.shell.num_layers
+        for chunk in chunks:
+            if self._feeds:
+                final = self._run.layers(chunk.states, chunk.at, depth - 1, depth)
+                chunk = chunk._replace(states=final)
+            self._fill(chunk)
+
+    def _fill(self, chunk: _Chunk) -> None:
+        """Write heads' K/V, given final-layer states."""
         feedback = None
         if self._feeds:
             # A text's first token has no predecessor.
-            follows = torch.from_numpy(at.slots > self._first[:, None]).unsqueeze(-1)
-            feedback = torch.cat([self.last, final[:, :-1]], dim=1) * follows
-        for k, states in waiting:
-            run.fill(k, states, feedback, at)
-        if self._keeps_states:
-            self.states.append(final)
-        self.last = final[:, -1:].clone()
-        self.length += at.nodes
+            follows = torch.from_numpy(chunk.at.slots > self._first[:, None]).unsqueeze(-1)
+            feedback = torch.cat([chunk.before, chunk.states[:, :-1]], dim=1) * follows
+        for k, states in chunk.inputs:
+            self._run.fill(k, states, feedback, chunk.at)

@@ -179,6 +179,13 @@ class RowPass(Protocol):
         """
         ...
 
+    def catch_up(self) -> None:
+        """Write now what heads' K/V lack of the prompt, where that waits until one is asked.
+
+        Nobody needs to call it; whoever times a head's first call wants to.
+        """
+        ...
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The base's norm and head.
 

@@ -140,7 +140,7 @@ class CoreCycles:
         if self._head is not None:
             k = self._head.k
             if (stack := parts.heads[k]) is not None:
-                head = (stack, run.cache(k), run.draft_output)
+                head = (stack, run.cache(k, asks=asks), run.draft_output)
         if parts.embedding is None or tables is None or (head is None) != (self._head is None):
             raise NotNativeError("the embedding or a head was replaced while a text was written")
         outcomes = self._core.run(

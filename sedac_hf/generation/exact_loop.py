@@ -121,9 +121,8 @@ class ExactLoop:
         """Draft, verify and accept: once, or in one call of the core a few times."""
         if self._core is not None:
             return self._in_core(self._core)
-        texts = self._texts
+        texts, cycle = self._texts, self._begin()
         started, alive, had = self._clock(), ~texts.done, texts.new.copy()
-        cycle = self._governor.begin()
         done = self._step_by_step(cycle, alive)
         cycle.gain = _least_gain(had, texts.new, ~texts.done)
         cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
@@ -131,12 +130,19 @@ class ExactLoop:
         cycle.tokens = sum(map(len, done.paths))
         self._report(cycle, done)
 
+    def _begin(self) -> Cycle:
+        """A new cycle; what the head lacks of the prompt is no part of its time."""
+        cycle = self._governor.begin()
+        if cycle.on:
+            self._run.catch_up()
+        return cycle
+
     def _in_core(self, core: CoreCycles) -> None:
         """Cycles that go alike as one call."""
-        texts, governor, started = self._texts, self._governor, self._clock()
+        texts, governor = self._texts, self._governor
         is_whole = not texts.done.any()
         alike = governor.alike(core.most)
-        first = governor.begin()
+        first, started = self._begin(), self._clock()
         outcomes = core.run(governor.plan(), asks=first.on, most=alike)
         # The others were begun by what was known then, too: none has been learned from yet.
         cycles = [first, *(governor.begin() for _ in outcomes[1:])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,8 +11,14 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from sedac_hf.core import prompt_reader
+from sedac_hf.core.native_pass import NativePass
 from sedac_hf.core.prompt_reader import PromptReader
+from sedac_hf.generation.cycle import Cycle
+from sedac_hf.generation.governor import Governor
+from tests.generation.test_core_cycles import cycles as cycles
 from tests.generation.test_native_modes import GIVEN, NATIVE, padded
+from tests.generation.test_settled import settled
+from tests.native import step_by_step
 from tests.tiny_models import VOCABULARY, build_tiny
 from tests.wrapping import wrap
 
@@ -169,3 +176,64 @@ def test_what_a_reader_does_not_know_goes_to_the_base(reads: list[int]) -> None:
     assert torch.equal(found, base.generate(**given, **GIVEN))
     assert asked
     assert not reads
+
+
+@pytest.fixture
+def fills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of each row in every call that writes heads' K/V alone, from now on."""
+    counts: list[int] = []
+    fill = NativePass.fill
+
+    def counted(self: NativePass, k: int, hidden: torch.Tensor, *rest: Any) -> None:
+        counts.append(hidden.shape[1])
+        fill(self, k, hidden, *rest)
+
+    monkeypatch.setattr(NativePass, "fill", counted)
+    return counts
+
+
+def test_a_head_that_nobody_asks_is_spared_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, fills: list[int]
+) -> None:
+    model = wrap(build_tiny("llama"), {1: "feedback"})
+    said = iter([False] * 5 + [True] * 100)
+    monkeypatch.setattr(Governor, "begin", lambda self: Cycle(on=next(said)))
+    monkeypatch.setattr(Governor, "alike", lambda self, most: 1)
+    model.generate(**long(), **GIVEN, sedac_mode="exact")  # the first call measures, and asks it
+    fills.clear()
+    said = iter([False] * 100)
+    expected = model.generate(**long(), **GIVEN, sedac_mode="exact")
+    assert not fills
+    said = iter([False] * 5 + [True] * 100)
+    assert torch.equal(model.generate(**long(), **GIVEN, sedac_mode="exact"), expected)
+    assert sum(fills) == 40
+
+
+@pytest.mark.parametrize("steps", [False, True], ids=["core", "steps"])
+@pytest.mark.parametrize("kinds", [{-1: "feedback"}, {1: "feedback"}, {1: "block"}])
+def test_what_heads_draft_does_not_depend_on_when_they_are_given_the_prompt(
+    kinds: dict[int, str], steps: bool, monkeypatch: pytest.MonkeyPatch, cycles: list[Any]
+) -> None:
+    model, found = wrap(build_tiny("llama"), kinds), []
+    for most in (0, 1200, 1 << 24):  # at once, in two parts, and all later
+        monkeypatch.setattr(prompt_reader, "_MOST_WAITING", most)
+        cycles.clear()
+        with step_by_step() if steps else nullcontext():
+            model.generate(**long(), **GIVEN, sedac_mode="exact")
+        found.append(list(cycles))
+    assert any(cycle[3][1] for cycle in found[0])  # it drafted
+    assert found[0] == found[1] == found[2]
+
+
+def test_exits_do_not_depend_on_when_heads_are_given_the_prompt(
+    monkeypatch: pytest.MonkeyPatch, fills: list[int]
+) -> None:
+    model, found = settled("feedback"), []
+    for most in (0, 1 << 24):
+        monkeypatch.setattr(prompt_reader, "_MOST_WAITING", most)
+        text = model.generate(**long(), **GIVEN, sedac_mode="certified")
+        found.append((text.tolist(), model.exit_stats.to_dict()["exits_by_layer"]))
+        model.exit_stats.reset()
+    assert fills
+    assert sum(found[0][1].values()) > 0
+    assert found[0] == found[1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sedac_hf.calibration.work_sizes import most_logits
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ __all__ = [
     "split_hash",
 ]
 
-# Logits of one forward: at most this many numbers (256 MiB in bf16), one document at least.
-_MAX_LOGITS = 1 << 27
+# Logits of one forward are not turned to float32 at once and may be so many times more.
+_WHOLE = 4
 # Rows of logits that are turned to float32 at a time.
 _NLL_ROWS = 256
 
@@ -130,8 +131,8 @@ def score_documents(
         raise CalibrationError("there are no documents to score; pass at least one.")
     how = exits or ("off" if cascade is None else "simulate")
     text_config = model.config.get_text_config()
-    depth = int(text_config.num_hidden_layers)
-    budget = batch_tokens or max(1, _MAX_LOGITS // int(text_config.vocab_size))
+    depth, words = int(text_config.num_hidden_layers), int(text_config.vocab_size)
+    budget = batch_tokens or max(1, _WHOLE * most_logits(model.device) // words)
     size = len(documents)
     nll, tokens, steps = np.zeros(size), np.zeros(size, np.int64), np.zeros(size, np.int64)
     counts = np.zeros((size, depth + 1), np.int64)

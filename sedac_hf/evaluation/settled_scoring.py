@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sedac_hf.calibration.work_sizes import most_logits
 from sedac_hf.core.recorded_pass import RecordedPass
 from sedac_hf.core.simulate import eligible_positions, settled_states
 from sedac_hf.errors import CalibrationError
@@ -33,8 +34,6 @@ __all__ = ["score_policies"]
 
 # Floats of recorded states held at once: 256 MB in float32.
 _MAX_STATES = 1 << 26
-# Floats of logits held at once: 128 MB in float32.
-_MAX_LOGITS = 1 << 25
 
 
 def score_policies(
@@ -167,7 +166,7 @@ class _Batch:
         where = torch.from_numpy(chosen)
         picked, targets = states[where.to(states.device)], self._targets[where.to(states.device)]
         checkpoints = None if trace is None else trace.checkpoints[chosen]
-        size = max(1, _MAX_LOGITS // shell.vocabulary_size)
+        size = max(1, most_logits(states.device) // shell.vocabulary_size)
         found = [np.zeros(0)]
         for start in range(0, len(picked), size):
             part = slice(start, start + size)

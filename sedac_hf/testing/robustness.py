@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from sedac_hf.calibration.work_sizes import most_logits
 from sedac_hf.core.recorded_pass import RecordedPass
 from sedac_hf.core.simulate import eligible_positions, settled_states, simulate
 from sedac_hf.errors import CalibrationError
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     from sedac_hf.testing.suite_input import SuiteInput
 
 __all__ = ["NoiseLevel", "RobustnessOutcome", "RobustnessTest"]
-
-# Floats of logits held at once: 128 MB in float32.
-_MAX_LOGITS = 1 << 25
 
 Counts = npt.NDArray[np.int64]
 
@@ -173,7 +171,7 @@ def _count(given: SuiteInput, documents: Sequence[Document]) -> tuple[Counts, in
     levels = config.noise_levels
     counts, positions, left = np.zeros((len(levels), 5), np.int64), 0, 0
     vocabulary = int(model.config.get_text_config().vocab_size)
-    budget = config.batch_tokens or max(1, _MAX_LOGITS // vocabulary)
+    budget = config.batch_tokens or max(1, most_logits(model.device) // vocabulary)
     for index, group in enumerate(length_batches(documents, budget)):
         batch = _Batch(given, [documents[i] for i in group], config.seed + index)
         clean = batch.read(0.0)
@@ -262,7 +260,7 @@ class _Batch:
         """The most probable next token of every decode position."""
         shell = self._model.shell
         picked = states[torch.from_numpy(self._eligible).to(states.device)]
-        size = max(1, _MAX_LOGITS // shell.vocabulary_size)
+        size = max(1, most_logits(states.device) // shell.vocabulary_size)
         found = [
             shell.logits(picked[at : at + size].unsqueeze(0)).squeeze(0).argmax(-1).cpu().numpy()
             for at in range(0, len(picked), size)

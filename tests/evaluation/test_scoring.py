@@ -56,7 +56,7 @@ def test_a_document_beyond_the_budget_runs_alone():
 
 
 def test_the_budget_follows_the_vocabulary(monkeypatch):
-    monkeypatch.setattr("sedac_hf.evaluation.scoring._MAX_LOGITS", 24 * 30)
+    monkeypatch.setattr("sedac_hf.evaluation.scoring.most_logits", lambda device: 24 * 30 // 4)
     model = FakeModel()
     score_documents(model, documents(9))
     assert all(rows * width <= 30 for _, (rows, width) in model.forwards)

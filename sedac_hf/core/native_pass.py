@@ -8,7 +8,7 @@ transformers cache and comes back is the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sedac_hf.core.native_cache import PassKv, check_layer
 from sedac_hf.core.native_model import NativeModel, threads
-from sedac_hf.core.row_pass import BASE, FloatArray, IntArray, Mask, Placement
+from sedac_hf.core.native_outputs import NativeOutputs, flat
+from sedac_hf.core.row_pass import BASE, IntArray, Mask, Placement
 from sedac_hf.errors import NotNativeError
 
 if TYPE_CHECKING:
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = ["NativePass"]
 
-Arrays = TypeVar("Arrays", bound=tuple[Any, ...])
 # Steps between two looks at the weights where no code of the caller's runs in between.
 _RARELY = 16
 
 
-class NativePass:
+class NativePass(NativeOutputs):
     """One text's (or batch's) pass: the K/V of its rows. See `RowPass`.
 
     Use it from one thread at a time; passes of one model may run in several.
@@ -219,61 +219,6 @@ class NativePass:
             given = feedback if self._heads[k].spec.feedback else None
             self._run(stack, k, hidden, given, at, (0, None), parts)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `RowPass.logits`; float32."""
-        words = self._shell.vocabulary_size
-
-        def give(states: FloatArray) -> tuple[FloatArray]:
-            logits = torch.empty((len(states), words), dtype=torch.float32)
-            self._parts.output.run(states, logits.numpy(), threads())
-            return (logits.numpy(),)
-
-        return torch.from_numpy(self._of_rows(hidden, give)[0])
-
-    def best(self, hidden: Tensor) -> tuple[IntArray, Mask]:
-        """See `RowPass.best`."""
-
-        def give(states: FloatArray) -> tuple[IntArray, Mask]:
-            words, sound = np.empty(len(states), np.int64), np.empty(len(states), np.bool_)
-            self._parts.output.best(states, words, sound, threads())
-            return words, sound
-
-        return self._of_rows(hidden, give)
-
-    def draft_top(self, hidden: Tensor, count: int) -> tuple[IntArray, FloatArray]:
-        """See `RowPass.draft_top`."""
-        output = self.draft_output
-        words = self._shell.vocabulary_size if self._draft is None else self._draft[0].out_features
-
-        def give(states: FloatArray) -> tuple[IntArray, FloatArray]:
-            found = np.empty((len(states), min(count, words)), np.int64)
-            chances = np.empty(found.shape, np.float32)
-            output.top(states, found, chances, threads())
-            return found, chances
-
-        return self._of_rows(hidden, give)
-
-    def _of_rows(self, hidden: Tensor, give: Callable[[FloatArray], Arrays]) -> Arrays:
-        """What an output layer makes of the rows that go on; zeros for the others."""
-        going = self._going
-        # States of some rows only, as a caller may pick them, are taken as they are.
-        if going is None or len(hidden) != len(self._kv.loaded):
-            found = give(_flat(hidden))
-            shaped = (part.reshape(*hidden.shape[:-1], *part.shape[1:]) for part in found)
-            return cast(Arrays, tuple(shaped))
-        some = hidden[torch.from_numpy(going)]
-        whole = []
-        for part in give(_flat(some)):
-            room = np.zeros((*hidden.shape[:-1], *part.shape[1:]), part.dtype)
-            room[going] = part.reshape(*some.shape[:-1], *part.shape[1:])
-            whole.append(room)
-        return cast(Arrays, tuple(whole))
-
-    @property
-    def draft_output(self) -> _core.OutputHead:
-        """From states to the words of drafts."""
-        return self._parts.output if self._draft is None else self._draft[1]
-
     def keep(self, part: int, length: IntArray, path: IntArray, counts: IntArray) -> None:
         """See `RowPass.keep`."""
         if part == BASE or self._kv.find(part) is not None:
@@ -343,7 +288,7 @@ class NativePass:
             stack.run(
                 self.cache(part),
                 states.numpy(),
-                None if feedback is None else _flat(feedback),
+                None if feedback is None else flat(feedback),
                 np.ascontiguousarray(at.first, np.int64),
                 np.ascontiguousarray(at.length, np.int64),
                 at.tree,
@@ -390,9 +335,3 @@ class NativePass:
         if cache is None:
             raise NotNativeError("the pass has no rows yet: call load or begin first")
         return cache
-
-
-def _flat(hidden: Tensor) -> FloatArray:
-    """States one below the other, as the core reads them."""
-    states = hidden.detach().float().reshape(-1, hidden.shape[-1])
-    return np.ascontiguousarray(states.numpy())

@@ -116,3 +116,28 @@ def split_documents(
     for document in documents:
         splits[owner[document.hash]].append(document)
     return splits
+
+
+def batches_of(
+    documents: Sequence[Document], rows: Sequence[int], tokens: int
+) -> Iterator[list[int]]:
+    """Cut documents into batches of at most `tokens` tokens, padding included, in order.
+
+    Args:
+        documents: The documents.
+        rows: Indices of those that are wanted.
+        tokens: Most tokens of a batch; a longer document is one of its own.
+
+    Yields:
+        Indices of documents.
+    """
+    group: list[int] = []
+    longest = 0
+    for i in rows:
+        longest = max(longest, len(documents[i]))
+        if group and longest * (len(group) + 1) > tokens:
+            yield group
+            group, longest = [], len(documents[i])
+        group.append(i)
+    if group:
+        yield group

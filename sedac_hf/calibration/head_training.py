@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sedac_hf.calibration.documents import batches_of
 from sedac_hf.calibration.head_schedule import HeadReport, HeadSchedule
 from sedac_hf.calibration.states import (
     BaseStates,
@@ -232,7 +233,7 @@ def measure_agreement(
     """
     layer = head.spec.resolved(shell.num_layers).template_layer
     hits, stand_in_hits, tokens = {1: 0, 2: 0, 4: 0, 8: 0}, 0, 0
-    for chosen in batches_of(states, list(rows), 4096):
+    for chosen in batches_of(states.documents, rows, 4096):
         batch = states.batch(chosen, head.layer_idx, shell.base.device)
         position = torch.arange(batch.ids.shape[1], device=batch.ids.device)
         counted = batch.mask.bool() & (position >= batch.prompt_lengths[:, None])
@@ -306,20 +307,8 @@ def _endless_batches(
         # Neighbours in length share a batch, with enough jitter that batches differ each time.
         length = np.array([len(states.documents[i]) for i in rows])
         order = np.argsort(length + rng.uniform(0, 32, len(rows)))
-        batches = list(batches_of(states, [rows[i] for i in order], schedule.batch_tokens))
+        batches = list(
+            batches_of(states.documents, [rows[i] for i in order], schedule.batch_tokens)
+        )
         for i in rng.permutation(len(batches)):
             yield batches[i]
-
-
-def batches_of(states: BaseStates, rows: list[int], tokens: int) -> Iterator[list[int]]:
-    """Cut documents into batches of at most `tokens` tokens, padding included, in order."""
-    group: list[int] = []
-    longest = 0
-    for i in rows:
-        longest = max(longest, len(states.documents[i]))
-        if group and longest * (len(group) + 1) > tokens:
-            yield group
-            group, longest = [], len(states.documents[i])
-        group.append(i)
-    if group:
-        yield group

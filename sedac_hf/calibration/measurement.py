@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sedac_hf.calibration.head_training import batches_of, exit_states
+from sedac_hf.calibration.documents import batches_of
+from sedac_hf.calibration.head_training import exit_states
 from sedac_hf.calibration.states import BaseStates, DocumentBatch, iter_logits
 from sedac_hf.calibration.traces import Traces
 
@@ -59,7 +60,8 @@ def collect_traces(
         np.zeros((total, columns), dtype=np.float32) for _ in range(4)
     )
     agree = np.zeros((total, columns), dtype=np.bool_)
-    for chosen in batches_of(states, sorted(rows, key=lambda i: len(states.documents[i])), 4096):
+    by_length = sorted(rows, key=lambda i: len(states.documents[i]))
+    for chosen in batches_of(states.documents, by_length, 4096):
         where = np.concatenate(
             [place[i] + np.arange(len(states.documents[i]) - first[i]) for i in chosen]
         )
@@ -121,7 +123,7 @@ def fit_temperatures(
     grid = torch.linspace(0.7, 1.4, 15).tolist()
     ordered = sorted(rows, key=lambda i: len(states.documents[i]))
     cost = torch.zeros(len(heads), len(grid), dtype=torch.float64)
-    for chosen in batches_of(states, ordered, 2048):
+    for chosen in batches_of(states.documents, ordered, 2048):
         exited = []
         for head in heads:
             batch = states.batch(chosen, head.layer_idx, shell.base.device)

@@ -13,7 +13,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from sedac_hf.calibration.head_training import batches_of
+from sedac_hf.calibration.documents import batches_of
 from sedac_hf.calibration.measurement import collect_traces, predicting
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.calibration.traces import Traces
@@ -113,7 +113,7 @@ def probe_inputs(head: ExitHead, states: BaseStates, rows: Sequence[int]) -> tup
         States ``[tokens, width]`` and entropies ``[tokens]``, nats.
     """
     inputs, entropies = [], []
-    for chosen in batches_of(states, list(rows), 4096):
+    for chosen in batches_of(states.documents, rows, 4096):
         batch = states.batch(chosen, head.layer_idx)
         counted = predicting(batch)
         inputs.append(batch.states[counted])

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.documents import Document, batches_of
 from sedac_hf.calibration.feature_cache import FeatureCache
 from sedac_hf.calibration.work_sizes import WorkSizes, most_logits
 from sedac_hf.core.attention_spread import Spread, spread_reason
@@ -150,9 +150,7 @@ class BaseStates:
         bar = tqdm(
             total=total, initial=total - due, unit="tok", desc="states", disable=not progress
         )
-        while left:
-            count = max(1, batch_tokens // len(self.documents[left[0]]))
-            some, left = left[:count], left[count:]
+        for some in batches_of(self.documents, left, batch_tokens):
             with torch.inference_mode():
                 self._record_rows(shell, some, observed)
             bar.update(sum(len(self.documents[i]) for i in some))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from sedac_hf.calibration.head_training import batches_of
+from sedac_hf.calibration.documents import batches_of
 from sedac_hf.calibration.measurement import predicting
 from sedac_hf.calibration.states import BaseStates, DocumentBatch
 from sedac_hf.core.estimators import Observation, TokenConsistencyEstimator
@@ -69,7 +69,7 @@ def collect_facts(
     """
     turn = TokenConsistencyEstimator()
     tokens, entropy, consistency, attention = [], [], [], []
-    for chosen in batches_of(states, list(rows), 4096):
+    for chosen in batches_of(states.documents, rows, 4096):
         before: Tensor | None = None
         columns, spreads = [], []
         for head in heads:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sedac_hf.calibration.documents import batches_of
 from sedac_hf.calibration.work_sizes import most_logits
 from sedac_hf.errors import CalibrationError
 
@@ -195,15 +196,7 @@ def padded(documents: Sequence[Document]) -> tuple[Tensor, Tensor]:
 def length_batches(documents: Sequence[Document], budget: int) -> Iterator[list[int]]:
     """Groups of documents of similar length whose padded size stays within the budget."""
     order = sorted(range(len(documents)), key=lambda i: (-len(documents[i]), documents[i].hash))
-    group: list[int] = []
-    for i in order:
-        # The first of a group is its longest, so it sets the padded width.
-        if group and len(documents[group[0]]) * (len(group) + 1) > budget:
-            yield group
-            group = []
-        group.append(i)
-    if group:
-        yield group
+    return batches_of(documents, order, budget)
 
 
 def _forward(

@@ -10,11 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from sedac_hf.calibration import measurement
-from sedac_hf.calibration.documents import Document
+from sedac_hf.calibration.documents import Document, batches_of
 from sedac_hf.calibration.head_schedule import HeadSchedule
 from sedac_hf.calibration.head_training import (
     WordSampler,
-    batches_of,
     measure_agreement,
     train_head,
 )
@@ -139,7 +138,7 @@ def test_batches_hold_every_document_once_within_the_limit(
     recorded: tuple[BaseShell, BaseStates],
 ) -> None:
     _, states = recorded
-    batches = list(batches_of(states, list(range(120)), 300))
+    batches = list(batches_of(states.documents, range(120), 300))
     assert sorted(i for batch in batches for i in batch) == list(range(120))
     assert all(len(batch) * 64 <= 300 for batch in batches)
 

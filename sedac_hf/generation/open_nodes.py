@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HeadQueue", "OpenNodes"]
 
+# Positions from which on it is dearer to run a head on all of them than to write their K/V first.
+_MANY = 16
+
 
 class HeadQueue:
     """Positions that one exit head has not seen yet; they are run together when it is asked."""
@@ -55,21 +58,27 @@ class HeadQueue:
 
     def flush(self) -> Tensor:
         """Run the head on all that wait; the last one's state, `[rows, 1, width]`."""
-        hidden, before, at = self._take()
+        if len(self) > _MANY:
+            self.fill(len(self) - 1)
+        hidden, before, at = self._take(len(self))
         return self._run.head(self._k, hidden, before, at)[:, -1:]
 
-    def fill(self) -> None:
-        """Let the head have seen all that wait; nobody asks for its states."""
-        hidden, before, at = self._take()
+    def fill(self, count: int | None = None) -> None:
+        """Let the head have seen what waits; nobody asks for its states.
+
+        Args:
+            count: How many positions, the first ones; None for all.
+        """
+        hidden, before, at = self._take(len(self) if count is None else count)
         self._run.fill(self._k, hidden, before, at)
 
-    def _take(self) -> tuple[Tensor, Tensor | None, Placement]:
-        count, rows = len(self._hidden), self._state.rows
+    def _take(self, count: int) -> tuple[Tensor, Tensor | None, Placement]:
+        rows = self._state.rows
         steps = np.tile(np.arange(count), (rows, 1))
         at = self._state.place(steps, _chain(rows, 0, count), self._length)
-        before = torch.cat(self._before, dim=1) if self._feeds else None
-        hidden = torch.cat(self._hidden, dim=1)
-        self._hidden, self._before = [], []
+        before = torch.cat(self._before[:count], dim=1) if self._feeds else None
+        hidden = torch.cat(self._hidden[:count], dim=1)
+        del self._hidden[:count], self._before[:count]
         self._length = self._length + count
         return hidden, before, at
 

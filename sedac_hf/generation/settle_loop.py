@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SettleLoop"]
 
-# Positions that may wait for a head which is not asked.
-_MAX_QUEUE = 64
+# Positions that may wait for a head which is not asked: most texts end before.
+_MAX_QUEUE = 512
 
 
 class SettleLoop:

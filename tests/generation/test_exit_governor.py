@@ -19,6 +19,7 @@ from sedac_hf.generation.exit_governor import (
     exits_always_act,
     is_governed,
 )
+from sedac_hf.generation.open_nodes import HeadQueue
 from tests.calibration.test_certificate import certificate, rung
 from tests.generation.test_settled import GIVEN, prompts, settled
 from tests.native import step_by_step
@@ -156,6 +157,28 @@ def test_rows_and_heads_go_on_as_if_nothing_had_been_between(monkeypatch):
     for row in range(3):
         alone = model.generate(ids[row : row + 1], sedac_mode="certified", **LONG)
         assert torch.equal(alone[0], together.sequences[row])
+
+
+@pytest.mark.parametrize("kind", ["block", "feedback"])
+def test_exits_do_not_depend_on_how_long_heads_wait_for_positions(kind, monkeypatch):
+    model, ids, found = settled(kind), prompts(2), []
+    filled, fill = [], HeadQueue.fill
+    monkeypatch.setattr(
+        HeadQueue, "fill", lambda self, *count: (filled.append(len(self)), fill(self, *count))
+    )
+    for longest, many in ((1, 100), (5, 2), (512, 1), (512, 100)):
+        monkeypatch.setattr("sedac_hf.generation.settle_loop._MAX_QUEUE", longest)
+        monkeypatch.setattr("sedac_hf.generation.open_nodes._MANY", many)
+        scripted(model, [True, False, False, True, False, True], monkeypatch)
+        model.exit_stats.reset()
+        text = model.generate(ids, sedac_mode="certified", **LONG)
+        found.append((text.tolist(), model.exit_stats.exits_by_layer, max(filled, default=0)))
+        filled.clear()
+    assert sum(found[0][1].values()) > 0
+    assert all(each[:2] == found[0][:2] for each in found)
+    waited = [each[2] for each in found]
+    assert 0 < waited[0] < waited[1] < BLOCK < waited[2]
+    assert waited[3] == 0
 
 
 def test_what_the_governor_found_is_told(monkeypatch):

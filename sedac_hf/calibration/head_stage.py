@@ -65,11 +65,13 @@ def train_heads(run: FitRun, states: BaseStates, splits: Splits) -> tuple[list[E
             learning_rate=rate if before is None else _FURTHER * rate,
             seed=settings.seed + (0 if before is None else before.steps),
         )
+        kept = workspace.head_progress(head.spec, schedule.seed)
         trained = train_head(
             head, run.shell, states, splits.train, splits.search, draft, schedule,
-            progress=run.progress,
+            kept=kept, progress=run.progress,
         )  # fmt: skip
         workspace.save_head(head, _in_all(before, trained), settings.budget_seconds)
+        kept.remove()
     process.wait_for_everyone()
     for head in heads:
         run.report.heads.append(workspace.load_head(head))

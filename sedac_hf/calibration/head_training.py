@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import batches_of
+from sedac_hf.calibration.head_progress import HeadProgress
 from sedac_hf.calibration.head_schedule import HeadReport, HeadSchedule
 from sedac_hf.calibration.states import (
     BaseStates,
@@ -21,81 +23,20 @@ from sedac_hf.calibration.states import (
     iter_logits,
     template_call,
 )
+from sedac_hf.calibration.word_sampler import WordSampler
 from sedac_hf.calibration.work_sizes import fast_products
 from sedac_hf.core.exit_heads import ExitBlock
 from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
+    from sedac_hf.calibration.head_progress import HeadProgressFile
     from sedac_hf.core.base_shell import BaseShell
     from sedac_hf.core.exit_heads import ExitHead
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED_WORDS = 512  # words outside the draft vocabulary that stand for all the others
 _WARM_UP = 0.03
 _SIZED = 8  # documents whose states tell their usual size
-
-
-class WordSampler:
-    """Output rows to train against: the draft vocabulary, the teacher's words, and a sample.
-
-    A product with the whole vocabulary would cost ten times the block itself. The words outside
-    the draft vocabulary are sampled uniformly and their logits raised by the log of the inverse
-    sampling rate, so that the normaliser is that of the whole vocabulary in expectation.
-    """
-
-    def __init__(self, shell: BaseShell, draft: Tensor) -> None:
-        """Prepare for a base and a draft vocabulary.
-
-        Args:
-            shell: Shell of the base.
-            draft: Token ids of the draft vocabulary, ``[words]``.
-        """
-        self._shell = shell
-        self._vocabulary = int(shell.base.config.get_text_config().vocab_size)
-        device = shell.base.device
-        self._is_draft = torch.zeros(self._vocabulary, dtype=torch.bool, device=device)
-        self._is_draft[draft.to(device)] = True
-        head: Any = shell.base.get_output_embeddings()
-        self._head = head if type(head) is nn.Linear and not head.weight.is_meta else None
-
-    def loss(self, exited: Tensor, top_ids: Tensor, top_probabilities: Tensor) -> Tensor:
-        """Cross entropy of the exit against the teacher's most probable words.
-
-        Args:
-            exited: Exit states, ``[tokens, width]``.
-            top_ids: The teacher's words, ``[tokens, TOP]``.
-            top_probabilities: Their probabilities, ``[tokens, TOP]``.
-
-        Returns:
-            Mean loss, nats.
-        """
-        if self._head is None:
-            return _full_loss(self._shell, exited, top_ids, top_probabilities)
-        words, raise_by = self._sample(top_ids)
-        # On the meta device no random weights are drawn only to be replaced, 30 ms a step.
-        biased = self._head.bias is not None
-        rows = nn.Linear(self._head.in_features, len(words), bias=biased, device="meta")
-        rows.weight = nn.Parameter(self._head.weight.detach()[words], requires_grad=False)
-        if biased:
-            rows.bias = nn.Parameter(self._head.bias.detach()[words], requires_grad=False)
-        exited = exited.to(self._head.weight.dtype)
-        logits = self._shell.logits(exited.unsqueeze(0), vocabulary=rows).squeeze(0)
-        log_q = torch.log_softmax(logits.float() + raise_by, -1)
-        place = torch.zeros(self._vocabulary, dtype=torch.long, device=words.device)
-        place[words] = torch.arange(len(words), device=words.device)
-        return -(top_probabilities * log_q.gather(-1, place[top_ids])).sum(-1).mean()
-
-    def _sample(self, top_ids: Tensor) -> tuple[Tensor, Tensor]:
-        taken = self._is_draft.clone()
-        taken[top_ids.flatten()] = True
-        certain = taken.nonzero().squeeze(-1)
-        rest = (~taken).nonzero().squeeze(-1)
-        drawn = rest[torch.randperm(len(rest), device=rest.device)[:_SAMPLED_WORDS]]
-        raise_by = torch.zeros(len(certain) + len(drawn), device=rest.device)
-        if len(drawn):
-            raise_by[len(certain) :] = math.log(len(rest) / len(drawn))
-        return torch.cat([certain, drawn]), raise_by
 
 
 def train_head(
@@ -107,6 +48,7 @@ def train_head(
     draft: Tensor,
     schedule: HeadSchedule,
     *,
+    kept: HeadProgressFile | None = None,
     progress: bool = True,
 ) -> HeadReport:
     """Train one head in place on the frozen base's recorded states.
@@ -121,7 +63,8 @@ def train_head(
         rows: Documents to train on.
         held_out: Documents to measure agreement on.
         draft: Draft vocabulary, token ids.
-        schedule: How long to train.
+        schedule: How long to train; what an interrupted training had taken comes on top.
+        kept: Where the training is kept now and then, and goes on from; None for nowhere.
         progress: Show a progress bar.
 
     Returns:
@@ -132,51 +75,17 @@ def train_head(
     """
     if not rows or not held_out:
         raise CalibrationError("no documents to train an exit head on; pass more texts")
-    torch.manual_seed(schedule.seed)
-    sampler = WordSampler(shell, draft)
-    parameters = [p.requires_grad_() for p in head.parameters()]
-    optimiser = torch.optim.AdamW(
-        _groups(head, _usual_size(states, rows)),
-        schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01,
-    )  # fmt: skip
-    total = schedule.epochs * sum(len(states.documents[i]) for i in rows)
-    start, tokens, losses = time.monotonic(), 0, list[float]()
-    bar = tqdm(total=100, desc=f"head {head.layer_idx}", unit="%", disable=not progress)
-    head.train()
-    for chosen in _endless_batches(states, rows, schedule):
-        done = max(tokens / total, (time.monotonic() - start) / schedule.seconds)
-        if done >= 1:
-            break
-        for group in optimiser.param_groups:
-            group["lr"] = schedule.learning_rate * group["faster"] * _pace(done)
-        batch = states.batch(chosen, head.layer_idx, shell.base.device)
-        real = batch.mask.bool()
-        optimiser.zero_grad(set_to_none=True)
-        with fast_products(shell.base.device):
-            exited = exit_states(head, shell, batch, mixed=True)
-            loss = sampler.loss(exited[real], batch.top_ids[real], batch.top_probabilities[real])
-            loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        losses.append(float(loss.detach()))
-        if not math.isfinite(losses[-1]):
-            raise CalibrationError(
-                f"training the head after layer {head.layer_idx} diverged at step {len(losses)}; "
-                "lower the learning rate"
-            )
-        tokens += int(real.sum())
-        bar.update(round(100 * done) - bar.n)
-        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}", refresh=False)
-    bar.close()
-    seconds = time.monotonic() - start
+    training = _Training(head, shell, states, rows, draft, schedule)
+    done = training.run(kept, progress=progress)
     head.requires_grad_(False).eval()
     agreement, stand_in, top = measure_agreement(head, shell, states, held_out)
+    losses = done.losses
     report = HeadReport(
         layer_idx=head.layer_idx,
         feedback=head.spec.feedback,
         steps=len(losses),
-        tokens=tokens,
-        seconds=seconds,
+        tokens=done.tokens,
+        seconds=done.seconds,
         loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
         agreement=agreement,
         stand_in_agreement=stand_in,
@@ -184,6 +93,77 @@ def train_head(
     )
     logger.info("%s", report)
     return report
+
+
+class _Training:
+    """The training of one head."""
+
+    def __init__(
+        self,
+        head: ExitHead,
+        shell: BaseShell,
+        states: BaseStates,
+        rows: Sequence[int],
+        draft: Tensor,
+        schedule: HeadSchedule,
+    ) -> None:
+        self._head, self._shell, self._states, self._rows = head, shell, states, rows
+        self._schedule = schedule
+        self._sampler = WordSampler(shell, draft)
+        self._parameters = [p.requires_grad_() for p in head.parameters()]
+        self._optimiser = torch.optim.AdamW(
+            _groups(head, _usual_size(states, rows)),
+            schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.01,
+        )  # fmt: skip
+
+    def run(self, kept: HeadProgressFile | None, *, progress: bool) -> HeadProgress:
+        """Train to the end of the schedule, from where an interrupted training was."""
+        head, schedule = self._head, self._schedule
+        at = HeadProgress() if kept is None else kept.load(head, self._optimiser)
+        torch.manual_seed(schedule.seed + len(at.losses))
+        total = schedule.epochs * sum(len(self._states.documents[i]) for i in self._rows)
+        spent, start, saved = at.seconds, time.monotonic(), time.monotonic()
+        bar = tqdm(total=100, desc=f"head {head.layer_idx}", unit="%", disable=not progress)
+        head.train()
+        batches = _endless_batches(self._states, self._rows, schedule)
+        for chosen in itertools.islice(batches, len(at.losses), None):
+            done = max(at.tokens / total, at.seconds / (spent + schedule.seconds))
+            if done >= 1:
+                break
+            loss, tokens = self._step(chosen, _pace(done))
+            at.losses.append(loss)
+            if not math.isfinite(loss):
+                raise CalibrationError(
+                    f"training the head after layer {head.layer_idx} diverged at step "
+                    f"{len(at.losses)}; lower the learning rate"
+                )
+            at.tokens += tokens
+            at.seconds = spent + time.monotonic() - start
+            if kept is not None and time.monotonic() - saved > kept.every:
+                kept.save(head, self._optimiser, at)
+                saved = time.monotonic()
+            bar.update(round(100 * done) - bar.n)
+            bar.set_postfix(loss=f"{np.mean(at.losses[-20:]):.3f}", refresh=False)
+        bar.close()
+        return at
+
+    def _step(self, chosen: list[int], pace: float) -> tuple[float, int]:
+        """One step; its loss, and its tokens."""
+        head, shell, optimiser = self._head, self._shell, self._optimiser
+        for group in optimiser.param_groups:
+            group["lr"] = self._schedule.learning_rate * group["faster"] * pace
+        batch = self._states.batch(chosen, head.layer_idx, shell.base.device)
+        real = batch.mask.bool()
+        optimiser.zero_grad(set_to_none=True)
+        with fast_products(shell.base.device):
+            exited = exit_states(head, shell, batch, mixed=True)
+            loss = self._sampler.loss(
+                exited[real], batch.top_ids[real], batch.top_probabilities[real]
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        optimiser.step()
+        return float(loss.detach()), int(real.sum())
 
 
 def exit_states(
@@ -256,14 +236,6 @@ def _ranked(shell: BaseShell, states: Tensor) -> Tensor:
     states = states.to(shell.base.dtype)
     best = [logits.topk(8, -1).indices for _, logits in iter_logits(shell, states)]
     return torch.cat(best) if best else torch.empty(0, 8, dtype=torch.long, device=states.device)
-
-
-def _full_loss(
-    shell: BaseShell, exited: Tensor, top_ids: Tensor, top_probabilities: Tensor
-) -> Tensor:
-    logits = shell.logits(exited.to(shell.base.dtype).unsqueeze(0)).squeeze(0)
-    log_q = torch.log_softmax(logits.float(), -1)
-    return -(top_probabilities * log_q.gather(-1, top_ids)).sum(-1).mean()
 
 
 def _groups(head: ExitHead, size: float) -> list[dict[str, Any]]:

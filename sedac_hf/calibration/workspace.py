@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from sedac_hf.calibration.costs import CostModel
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
 from sedac_hf.calibration.fit_settings import FitReport
+from sedac_hf.calibration.head_progress import HeadProgressFile
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.errors import CalibrationError
 from sedac_hf.files import write_atomically
@@ -112,6 +113,10 @@ class Workspace:
         partial.replace(path)
         values = asdict(report) | {"budget_seconds": budget_seconds}
         write_atomically(path.with_suffix(".json"), json.dumps(values))
+
+    def head_progress(self, spec: CheckpointSpec, seed: int) -> HeadProgressFile:
+        """Where the unfinished training of a head is kept."""
+        return HeadProgressFile(self._head_path(spec).with_suffix(".training"), seed)
 
     def save_report(self, report: FitReport) -> None:
         """Keep what a finished run says, for the other processes."""

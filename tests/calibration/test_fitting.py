@@ -17,6 +17,7 @@ from sedac_hf.calibration.fit_settings import FitReport, FitSettings, default_ch
 from sedac_hf.calibration.fit_splits import split_for_fit
 from sedac_hf.calibration.fit_stages import FitRun
 from sedac_hf.calibration.fitting import fit
+from sedac_hf.calibration.head_progress import HeadProgressFile
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.calibration.head_training import train_head
 from sedac_hf.calibration.pareto import Policy
@@ -181,6 +182,29 @@ def test_default_checkpoints_are_shallow_and_leave_something_to_skip() -> None:
     assert [spec.layer_idx for spec in default_checkpoints(2)] == [-1, 0]
     with pytest.raises(CalibrationError, match="nothing to skip"):
         default_checkpoints(1)
+
+
+def test_a_fit_interrupted_while_a_head_trains_loses_nothing(
+    micro_model: MicroModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(SETTINGS, checkpoints=(CheckpointSpec(1),), epochs=1.0)
+    given = {"tokenizer": micro_model.tokenizer, "output_dir": tmp_path / "a", "progress": False}
+    texts, save, saved = micro_texts(micro_model, 200), HeadProgressFile.save, [0]
+    monkeypatch.setattr(HeadProgressFile.__init__, "__defaults__", (0.0,))
+
+    def interrupted(self: HeadProgressFile, *values: Any) -> None:
+        save(self, *values)
+        saved[0] += 1
+        if saved[0] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HeadProgressFile, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(micro_model.model, texts, settings=short, **given)
+    assert list((tmp_path / "a.work").glob("*.training"))
+    _, report = fit(micro_model.model, texts, settings=short, **given)
+    assert saved[0] == report.heads[0].steps
+    assert not list((tmp_path / "a.work").glob("*.training"))
 
 
 def test_a_larger_budget_trains_heads_further(

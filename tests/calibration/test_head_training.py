@@ -13,13 +13,13 @@ from sedac_hf.calibration import measurement
 from sedac_hf.calibration.documents import Document, batches_of
 from sedac_hf.calibration.head_schedule import HeadSchedule
 from sedac_hf.calibration.head_training import (
-    WordSampler,
     measure_agreement,
     train_head,
 )
 from sedac_hf.calibration.measurement import collect_traces, fit_temperatures
 from sedac_hf.calibration.probe_training import auroc, share_at_budget, train_probe
 from sedac_hf.calibration.states import BaseStates
+from sedac_hf.calibration.word_sampler import WordSampler
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.exit_heads import build_exit_head

@@ -124,10 +124,9 @@ class ExactLoop:
         texts, cycle = self._texts, self._begin()
         started, alive, had = self._clock(), ~texts.done, texts.new.copy()
         done = self._step_by_step(cycle, alive)
-        cycle.gain = _least_gain(had, texts.new, ~texts.done)
+        cycle.is_whole = bool(alive.all())
+        self._count(cycle, done, had)
         cycle.rest = self._clock() - started - cycle.verify - sum(cycle.levels)
-        cycle.rows, cycle.is_whole = len(done.trees), bool(alive.all())
-        cycle.tokens = sum(map(len, done.paths))
         self._report(cycle, done)
 
     def _begin(self) -> Cycle:
@@ -146,19 +145,24 @@ class ExactLoop:
         outcomes = core.run(governor.plan(), asks=first.on, most=alike)
         # The others were begun by what was known then, too: none has been learned from yet.
         cycles = [first, *(governor.begin() for _ in outcomes[1:])]
-        for cycle, outcome in zip(cycles, outcomes, strict=True):
+        accepted = [_Accepted(each.rows, each.trees, each.paths) for each in outcomes]
+        for cycle, outcome, done in zip(cycles, outcomes, accepted, strict=True):
             had = texts.new.copy()
             core.say(outcome)
-            cycle.gain = _least_gain(had, texts.new, ~texts.done)
             cycle.nodes, cycle.drafted = outcome.nodes, outcome.drafted
             cycle.levels, cycle.verify = outcome.levels, outcome.verify
-            cycle.rows, cycle.is_whole = len(outcome.rows), is_whole
-            cycle.tokens = sum(map(len, outcome.paths))
+            cycle.is_whole = is_whole
+            self._count(cycle, done, had)
         inside = sum(cycle.verify + sum(cycle.levels) for cycle in cycles)
         rest = (self._clock() - started - inside) / max(len(cycles), 1)
-        for cycle, outcome in zip(cycles, outcomes, strict=True):
+        for cycle, done in zip(cycles, accepted, strict=True):
             cycle.on, cycle.rest = first.on, rest
-            self._report(cycle, _Accepted(outcome.rows, outcome.trees, outcome.paths))
+            self._report(cycle, done)
+
+    def _count(self, cycle: Cycle, done: _Accepted, had: IntArray) -> None:
+        """What the rows, which had so many tokens before, were given."""
+        cycle.gain = _least_gain(had, self._texts.new, ~self._texts.done)
+        cycle.rows, cycle.tokens = len(done.rows), sum(map(len, done.paths))
 
     def _step_by_step(self, cycle: Cycle, alive: npt.NDArray[np.bool_]) -> _Accepted:
         """A cycle as many calls of the pass."""

@@ -100,7 +100,7 @@ def run_fit(
             delta=delta,
             seed=seed,
         ),
-        progress=screen.progress,
+        progress=not screen.quiet,
     )
     values = report.to_dict()
     certified = fitted.cascade is not None

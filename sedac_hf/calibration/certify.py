@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from tqdm.auto import tqdm
 
 from sedac_hf.calibration.bounds import (
     RiskTarget,
@@ -20,6 +19,7 @@ from sedac_hf.calibration.bounds import (
     documents_needed,
 )
 from sedac_hf.calibration.certificate import Certificate, HeldOutCheck, Rung
+from sedac_hf.calibration.progress import progress_bar
 from sedac_hf.errors import CalibrationError
 from sedac_hf.evaluation.environment import software_versions
 from sedac_hf.evaluation.intervals import bootstrap_ratio
@@ -134,7 +134,7 @@ def certify(
     settles = model.config.kv_mode == "settle"
     chosen, full, known = _testable(model, documents, cascades if settles else [], batch_tokens)
     scores: list[DocumentScores] = []
-    bar = tqdm(total=len(policies), desc="certify", unit="policy", disable=not progress)
+    bar = progress_bar(len(policies), "certify", " policies", shown=progress)
 
     def deltas_of(index: int) -> FloatArray:
         if settles:

@@ -31,6 +31,7 @@ from sedac_hf.calibration.head_storage import choose_storage
 from sedac_hf.calibration.measurement import fit_temperatures
 from sedac_hf.calibration.policy_search import choose_policies
 from sedac_hf.calibration.probe_training import fit_probes
+from sedac_hf.calibration.progress import say
 from sedac_hf.calibration.states import BaseStates
 from sedac_hf.calibration.texts import write_texts
 from sedac_hf.calibration.work_sizes import WorkSizes
@@ -303,6 +304,8 @@ class FitRun:
         now = time.monotonic()
         if self.process.is_main_process:
             self.report.seconds = self.workspace.add_seconds(name, now - self._clock)
+        if self.progress:
+            say(f"{name}: done in {(now - self._clock) / 60:.1f} min")
         self._clock = now
 
 

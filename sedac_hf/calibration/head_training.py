@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import batches_of
 from sedac_hf.calibration.head_progress import HeadProgress
 from sedac_hf.calibration.head_schedule import HeadReport, HeadSchedule
+from sedac_hf.calibration.progress import progress_bar
 from sedac_hf.calibration.states import (
     BaseStates,
     DocumentBatch,
@@ -123,7 +123,7 @@ class _Training:
         torch.manual_seed(schedule.seed + len(at.losses))
         total = schedule.epochs * sum(len(self._states.documents[i]) for i in self._rows)
         spent, start, saved = at.seconds, time.monotonic(), time.monotonic()
-        bar = tqdm(total=100, desc=f"head {head.layer_idx}", unit="%", disable=not progress)
+        bar = progress_bar(100, f"head {head.layer_idx}", "%", shown=progress)
         head.train()
         batches = _endless_batches(self._states, self._rows, schedule)
         for chosen in itertools.islice(batches, len(at.losses), None):

@@ -15,10 +15,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
 from sedac_hf.calibration.documents import Document, batches_of
 from sedac_hf.calibration.feature_cache import FeatureCache
+from sedac_hf.calibration.progress import progress_bar
 from sedac_hf.calibration.work_sizes import WorkSizes, most_logits
 from sedac_hf.core.attention_spread import Spread, spread_reason
 from sedac_hf.errors import CalibrationError
@@ -147,9 +147,7 @@ class BaseStates:
         total, due = (sum(len(self.documents[i]) for i in some) for some in (mine, left))
         marker = self.directory / f"done-{part[0]}-{part[1]}"
         observed = self._observable(shell) if left else frozenset()
-        bar = tqdm(
-            total=total, initial=total - due, unit="tok", desc="states", disable=not progress
-        )
+        bar = progress_bar(total, "states", "tok", initial=total - due, shown=progress)
         for some in batches_of(self.documents, left, batch_tokens):
             with torch.inference_mode():
                 self._record_rows(shell, some, observed)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
 from sedac_hf.calibration.documents import Document, append_documents, read_documents
+from sedac_hf.calibration.progress import progress_bar
 from sedac_hf.core.support import own_draw
 from sedac_hf.errors import CalibrationError
 
@@ -146,7 +146,7 @@ def write_texts(
     known = {document.hash for document in documents}
     written = kept = 0
     have = sum(map(len, documents))
-    bar = tqdm(total=tokens, initial=have, unit="tok", desc="texts", disable=not progress)
+    bar = progress_bar(tokens, "texts", "tok", initial=have, shown=progress)
     writer = _plain_writer(base)
     while have < tokens and (deadline is None or time.monotonic() < deadline):
         with own_draw(base.device), torch.inference_mode():

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sedac_hf.errors import CalibrationError
 
 if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
@@ -89,9 +91,21 @@ class HeadProgressFile:
 
         Returns:
             How far the training had come.
+
+        Raises:
+            CalibrationError: If the file cannot be read.
         """
         if not self._path.exists():
             return HeadProgress()
+        try:
+            return self._read(head, optimiser)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise CalibrationError(
+                f"{self._path} does not hold the training of this head ({error}); remove it, and "
+                "the head is trained from its beginning"
+            ) from error
+
+    def _read(self, head: ExitHead, optimiser: torch.optim.Optimizer) -> HeadProgress:
         with safe_open(self._path, "pt") as file:
             values = json.loads(file.metadata()["progress"])
             if values.pop("seed") != self._seed:

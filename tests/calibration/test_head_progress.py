@@ -15,6 +15,7 @@ from sedac_hf.calibration.states import BaseStates
 from sedac_hf.config import CheckpointSpec
 from sedac_hf.core.base_shell import BaseShell
 from sedac_hf.core.exit_heads import ExitHead, build_exit_head
+from sedac_hf.errors import CalibrationError
 from tests.calibration.test_head_training import VOCABULARY
 from tests.calibration.test_head_training import recorded as recorded
 
@@ -82,3 +83,6 @@ def test_the_progress_of_another_training_is_not_taken_up(
         assert torch.equal(one, two)
         assert optimiser.state[one].keys() == other.state[two].keys()
         assert all(torch.equal(optimiser.state[one][k], v) for k, v in other.state[two].items())
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(CalibrationError, match=r"head\.training does not hold"):
+        HeadProgressFile(path, seed=3).load(fresh, other)

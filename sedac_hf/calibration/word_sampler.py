@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sedac_hf.core.draft_head import rows_of
+
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
 
@@ -53,12 +55,7 @@ class WordSampler:
         if self._head is None:
             return _full_loss(self._shell, exited, top_ids, top_probabilities)
         words, raise_by = self._sample(top_ids)
-        # On the meta device no random weights are drawn only to be replaced, 30 ms a step.
-        biased = self._head.bias is not None
-        rows = nn.Linear(self._head.in_features, len(words), bias=biased, device="meta")
-        rows.weight = nn.Parameter(self._head.weight.detach()[words], requires_grad=False)
-        if biased:
-            rows.bias = nn.Parameter(self._head.bias.detach()[words], requires_grad=False)
+        rows = rows_of(self._head, words)
         exited = exited.to(self._head.weight.dtype)
         logits = self._shell.logits(exited.unsqueeze(0), vocabulary=rows).squeeze(0)
         log_q = torch.log_softmax(logits.float() + raise_by, -1)

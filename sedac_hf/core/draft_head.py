@@ -14,7 +14,7 @@ from sedac_hf.errors import ConfigError
 if TYPE_CHECKING:
     from sedac_hf.core.base_shell import BaseShell
 
-__all__ = ["DraftHead"]
+__all__ = ["DraftHead", "rows_of"]
 
 
 class DraftHead:
@@ -62,7 +62,7 @@ class DraftHead:
         if not len(more):
             return self
         own = self._linear
-        added = _rows_of(cast(nn.Linear, self._shell.base.get_output_embeddings()), more)
+        added = rows_of(cast(nn.Linear, self._shell.base.get_output_embeddings()), more)
         larger = copy.copy(self)
         larger._tokens = torch.cat([known, more])
         larger._linear = _joined(own, added)
@@ -85,12 +85,21 @@ class DraftHead:
             return
         # What is kept must be usable outside of inference mode too.
         with torch.inference_mode(False):
-            self._linear = _rows_of(plain, self._tokens)
+            self._linear = rows_of(plain, self._tokens)
         self._watch = WeightWatch(tensors)
 
 
 @torch.no_grad()
-def _rows_of(head: nn.Linear, tokens: Tensor) -> nn.Linear:
+def rows_of(head: nn.Linear, tokens: Tensor) -> nn.Linear:
+    """The rows of an output layer that belong to some tokens, as a layer of its own.
+
+    Args:
+        head: The output layer.
+        tokens: Token ids `[words]`.
+
+    Returns:
+        A frozen layer to `words` outputs. None of its weights is drawn at random first.
+    """
     tokens = tokens.to(head.weight.device)
     rows: dict[str, Any] = {"device": "meta", "dtype": head.weight.dtype}
     small = nn.Linear(head.in_features, len(tokens), bias=head.bias is not None, **rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sedac_hf.errors import CalibrationError
+from sedac_hf.files import replacing
 
 if TYPE_CHECKING:
     from sedac_hf.core.exit_heads import ExitHead
@@ -71,16 +72,10 @@ class HeadProgressFile:
             tensors[name] = parameter.detach()
             for key, value in optimiser.state[parameter].items():
                 tensors[f"{name}:{key}"] = value
-        values = {
-            "seed": self._seed,
-            "losses": progress.losses,
-            "tokens": progress.tokens,
-            "seconds": progress.seconds,
-        }
-        partial = self._path.with_suffix(".partial")
+        values = {"seed": self._seed, **asdict(progress)}
         whole = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        save_file(whole, partial, metadata={"progress": json.dumps(values)})
-        partial.replace(self._path)
+        with replacing(self._path) as draft:
+            save_file(whole, draft, metadata={"progress": json.dumps(values)})
 
     def load(self, head: ExitHead, optimiser: torch.optim.Optimizer) -> HeadProgress:
         """Put in place what was kept; all stays as it is where nothing was.
@@ -110,9 +105,9 @@ class HeadProgressFile:
             values = json.loads(file.metadata()["progress"])
             if values.pop("seed") != self._seed:
                 return HeadProgress()
-            for name, parameter in head.named_parameters():
-                parameter.data.copy_(file.get_tensor(name))
             named = dict(head.named_parameters())
+            for name, parameter in named.items():
+                parameter.data.copy_(file.get_tensor(name))
             for key in file.keys():  # noqa: SIM118 - the file is no mapping
                 name, _, state = key.partition(":")
                 if state:

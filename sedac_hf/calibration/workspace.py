@@ -18,7 +18,7 @@ from sedac_hf.calibration.fit_settings import FitReport
 from sedac_hf.calibration.head_progress import HeadProgressFile
 from sedac_hf.calibration.head_schedule import HeadReport
 from sedac_hf.errors import CalibrationError
-from sedac_hf.files import write_atomically
+from sedac_hf.files import replacing, write_atomically
 
 if TYPE_CHECKING:
     from sedac_hf.config import CheckpointSpec
@@ -108,9 +108,8 @@ class Workspace:
         """Keep a trained head, and under which budget it was trained."""
         path = self._head_path(head.spec)
         tensors = {n: t.detach().cpu().contiguous() for n, t in head.state_dict().items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(path)
+        with replacing(path) as draft:
+            save_file(tensors, draft)
         values = asdict(report) | {"budget_seconds": budget_seconds}
         write_atomically(path.with_suffix(".json"), json.dumps(values))
 

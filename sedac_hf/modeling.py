@@ -334,17 +334,17 @@ class SedacForCausalLM(  # type: ignore[misc, no-untyped-call]
         given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
         refuse_early_exit_assistant(given, kwargs, self.generation_config)
         kwargs = with_cache_as(cache_name(GenerationMixin.prepare_inputs_for_generation), kwargs)
-        mode = self._mode(sedac_mode)
+        asked, mode = sedac_mode or self.config.mode, self._mode(sedac_mode)
         if mode == "off":
             meter = self._meter("off", None)
             result = self.base_lm.generate(*args, **kwargs)
             if meter is not None:
-                if (sedac_mode or self.config.mode) != "off":
+                if asked != "off":
                     meter.event("ran_as_base")
                 finish_off(result, meter, args, kwargs, self.generation_config)
             return result
         session = self._session(mode)
-        if session.meter is not None and mode != (sedac_mode or self.config.mode):
+        if session.meter is not None and mode != asked:
             session.meter.event("without_exits")
         with session_scope(session):
             own: Any = super()

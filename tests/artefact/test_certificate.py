@@ -40,7 +40,6 @@ def assert_exits_are_off(model: SedacForCausalLM) -> None:
     assert torch.equal(tokens(model), tokens(model, sedac_mode="plain"))
     assert model.exit_stats.tokens > 0
     assert model.exit_stats.exit_share == 0
-    assert model.exit_stats.tokens > 0
 
 
 def test_another_dtype_is_not_certified(saved: Path, caplog: pytest.LogCaptureFixture) -> None:

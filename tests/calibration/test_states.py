@@ -81,33 +81,33 @@ def test_shares_of_two_processes_make_the_whole(llama: PreTrainedModel, tmp_path
         torch.testing.assert_close(shared.batch([i], 0).final, whole.batch([i], 0).final)
 
 
-def test_recording_goes_on_where_it_stopped(
-    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shell, first = BaseShell(llama), open_states(llama, tmp_path)
+def note_rows(patch: pytest.MonkeyPatch, stop_after: int | None = None) -> list[int]:
+    """Documents that are recorded from now on; an interrupt comes after so many."""
     recorded: list[int] = []
     record_rows = BaseStates._record_rows
 
-    def stop_after_two(self: BaseStates, shell: BaseShell, rows: list[int], *more: Any) -> None:
-        if len(recorded) == 2:
+    def noted(self: BaseStates, shell: BaseShell, rows: list[int], *more: Any) -> None:
+        if len(recorded) == stop_after:
             raise KeyboardInterrupt
         recorded.extend(rows)
         record_rows(self, shell, rows, *more)
 
-    monkeypatch.setattr(BaseStates, "_record_rows", stop_after_two)
-    with pytest.raises(KeyboardInterrupt):
-        first.record(shell, batch_tokens=13, progress=False)
-    monkeypatch.setattr(
-        BaseStates,
-        "_record_rows",
-        lambda self, shell, rows, *more: (
-            recorded.extend(rows),
-            record_rows(self, shell, rows, *more),
-        ),
-    )
+    patch.setattr(BaseStates, "_record_rows", noted)
+    return recorded
+
+
+def test_recording_goes_on_where_it_stopped(
+    llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, first = BaseShell(llama), open_states(llama, tmp_path)
+    with monkeypatch.context() as patch:
+        before = note_rows(patch, stop_after=2)
+        with pytest.raises(KeyboardInterrupt):
+            first.record(shell, batch_tokens=13, progress=False)
+    after = note_rows(monkeypatch)
     again = open_states(llama, tmp_path)
     again.record(shell, batch_tokens=13, progress=False)
-    assert sorted(recorded) == [0, 1, 2, 3, 4]
+    assert sorted(before + after) == [0, 1, 2, 3, 4]
     assert again.batch([1], 0).final.any()
 
 
@@ -218,16 +218,7 @@ def test_any_number_of_processes_goes_on_and_a_line_cut_off_does_not_count(
     marker = tmp_path / "done-1-2"
     own = [int(i) for i in marker.read_text().split()]
     marker.write_text(marker.read_text() + "0")  # its states were never flushed
-    recorded: list[int] = []
-    record_rows = BaseStates._record_rows
-    monkeypatch.setattr(
-        BaseStates,
-        "_record_rows",
-        lambda self, shell, rows, *more: (
-            recorded.extend(rows),
-            record_rows(self, shell, rows, *more),
-        ),
-    )
+    recorded = note_rows(monkeypatch)
     open_states(llama, tmp_path).record(shell, progress=False)
     assert own
     assert sorted(recorded) == sorted(set(range(5)) - set(own))

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sedac_hf.calibration.bounds import RiskTarget
 from sedac_hf.cli_load import load_base_model, seed_everything
 from sedac_hf.cli_support import Screen, UsageError
 from sedac_hf.cli_tables import fit_table, info_table
 from sedac_hf.cli_texts import read_texts
 from sedac_hf.config import KV_MODES, CheckpointSpec
+from sedac_hf.errors import CalibrationError
 
 __all__ = ["parse_checkpoints", "run_fit"]
 
@@ -64,6 +66,10 @@ def run_fit(
         raise UsageError(
             f"--epsilon must be above 0, and --delta between 0 and 1; found {epsilon} and {delta}."
         )
+    try:
+        RiskTarget(epsilon=epsilon, delta=delta)
+    except CalibrationError as error:
+        raise UsageError(f"--epsilon {epsilon} cannot be certified: {error}") from error
     if kv_mode not in KV_MODES:
         raise UsageError(f"--kv {kv_mode}: it must be one of {', '.join(KV_MODES)}.")
     if costs not in ("measured", "parameters"):

@@ -105,6 +105,7 @@ def test_a_fit_that_certifies_nothing_ends_with_one(
     ("options", "words"),
     [
         (("--epsilon", "0"), "--epsilon"),
+        (("--epsilon", "2"), "--epsilon 2"),
         (("--delta", "1.5"), "--delta"),
         (("--head", "lens"), "--checkpoints"),
         (("--checkpoints", "1,1"), "twice"),
